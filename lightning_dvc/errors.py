@@ -1,0 +1,29 @@
+"""The exceptions that the library raises on purpose.
+
+Every message says what was expected, what came, and what to do. All of them derive from
+:class:`DVCError`, so one ``except`` clause separates our refusals from somebody else's bugs.
+"""
+
+
+class DVCError(Exception):
+    """Base class of every error that this library raises on purpose."""
+
+
+class ConfigurationError(DVCError, ValueError):
+    """A setting that cannot work, reported before training starts."""
+
+
+class ObjectiveError(DVCError, RuntimeError):
+    """Per-sample losses and outputs of the user's model could not be obtained."""
+
+
+class CaptureError(DVCError, RuntimeError):
+    """A layer's activations or gradients could not be captured."""
+
+
+class BadSampleError(DVCError, RuntimeError):
+    """A sample failed while it was being scored and ``on_bad_sample="raise"`` was set."""
+
+
+class StateError(DVCError, RuntimeError):
+    """A checkpoint or a saved selection does not fit the objects it is loaded into."""
