@@ -1,0 +1,1 @@
+"""A batch through an unmodified LightningModule: per-sample losses, activations, gradients."""

@@ -1,0 +1,1 @@
+"""What is remembered between rounds: gradient cache, LSH index, statistics, loss history."""

@@ -1,0 +1,1 @@
+"""The six metrics of the paper, each a pure function of tensors."""

@@ -1,0 +1,1 @@
+"""What to draw, how to weigh, what to keep out and what to take back."""

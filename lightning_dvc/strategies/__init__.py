@@ -1,0 +1,1 @@
+"""Ways of choosing, all behind one small protocol."""
