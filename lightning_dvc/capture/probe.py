@@ -1,0 +1,281 @@
+"""A look at samples through the user's model, as it is now and as it recently was."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from lightning_dvc.capture.gradients import LayerGradients, concatenate
+from lightning_dvc.capture.layers import LayerCapture, find_layers
+from lightning_dvc.capture.loading import Collate, LoadedBatch, load_batches
+from lightning_dvc.capture.objective import Objective, Outcome
+from lightning_dvc.capture.snapshots import Snapshots
+from lightning_dvc.errors import BadSampleError, CaptureError, DVCError
+from lightning_dvc.records import BadSample
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What one pass over ``n`` samples showed; ids and labels on the CPU, the rest on the device.
+
+    Attributes:
+        ids: ``(n,)`` sample ids.
+        labels: ``(n,)`` classes, -1 where there is none.
+        losses: ``(n, S)`` each sample's loss in the present state and the ``S - 1`` before it.
+        confidence: ``(n, S)`` how plausible the model finds the target in each of these states.
+        predictive: ``(n,)`` uncertainty of the prediction, NaN where the task gives none.
+        gradients: Per layer, the samples' gradients; empty when not asked for.
+        representations: Per layer, ``(n, d)``.
+        fingerprints: ``(n, d)`` what the first layer received.
+    """
+
+    ids: Tensor
+    labels: Tensor
+    losses: Tensor
+    confidence: Tensor
+    predictive: Tensor
+    gradients: list[LayerGradients]
+    representations: list[Tensor]
+    fingerprints: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass
+class Probe:
+    """Runs samples through a model and captures what the metrics need.
+
+    Args:
+        module: The model, in ``eval()`` and undisturbed by what happens here; see
+            :func:`lightning_dvc.capture.guard.undisturbed`.
+        objective: Per-sample losses of a batch.
+        collate: The user's collate function.
+        prepare: Moves a batch to the model as the training loop would.
+        context: Where forward passes run, such as autocast.
+        layers: Names of the layers to capture, or None for all that can be.
+        batch_size: Samples in one pass.
+        num_workers: Loader processes.
+        on_bad_sample: ``"set_aside"`` or ``"raise"``.
+    """
+
+    module: nn.Module
+    objective: Objective
+    collate: Collate
+    prepare: Callable[[Any], Any] = lambda batch: batch
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext
+    layers: Sequence[str] | None = None
+    batch_size: int = 512
+    num_workers: int = 0
+    on_bad_sample: str = "set_aside"
+    bad: list[BadSample] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        self._found = find_layers(self.module, self.layers)
+        self._order: list[str] = []
+        self._seen_good = False
+
+    @property
+    def captured_layers(self) -> dict[str, nn.Module]:
+        """Layers that the forward pass reaches, in its order; known after the first batch."""
+        return {name: self._found[name] for name in self._order}
+
+    def capture(
+        self,
+        dataset: Dataset[Any],
+        ids: Tensor,
+        snapshots: Snapshots | None = None,
+        gradients: bool = True,
+    ) -> Iterator[Captured]:
+        """Pass samples through the model, batch by batch.
+
+        Args:
+            dataset: Where the ids point.
+            ids: ``(n,)`` samples to look at.
+            snapshots: Earlier states of the model to run them through as well.
+            gradients: Whether to take gradients with respect to the layers' outputs.
+
+        Yields:
+            Batches of samples that could be read and had finite losses and features. The others
+            are added to :attr:`bad`.
+
+        Raises:
+            BadSampleError: If a sample fails and ``on_bad_sample`` is ``"raise"``.
+            CaptureError: If a named layer is never reached.
+        """
+        batches = load_batches(dataset, ids, self.collate, self.batch_size, self.num_workers)
+        for loaded in batches:
+            self._note_bad(loaded.bad)
+            if len(loaded.ids):
+                yield from self._look(loaded, snapshots, gradients)
+
+    def capture_all(
+        self,
+        dataset: Dataset[Any],
+        ids: Tensor,
+        snapshots: Snapshots | None = None,
+        gradients: bool = True,
+    ) -> Captured:
+        """The same as :meth:`capture`, joined into one.
+
+        Raises:
+            CaptureError: If not one sample could be used.
+        """
+        parts = list(self.capture(dataset, ids, snapshots, gradients))
+        if not parts:
+            reasons = "; ".join(entry.reason for entry in self.bad[-3:])
+            raise CaptureError(
+                f"none of {len(ids)} samples could be passed through the model; the last reasons: "
+                f"{reasons or 'no samples were given'}"
+            )
+        return join(parts)
+
+    def _look(
+        self, loaded: LoadedBatch, snapshots: Snapshots | None, gradients: bool
+    ) -> Iterator[Captured]:
+        """Look at one batch; where it fails, at its halves, down to the sample at fault."""
+        try:
+            captured = self._pass(loaded, snapshots, gradients)
+        except DVCError:
+            raise
+        except Exception as error:
+            if len(loaded.ids) == 1:
+                # The model may be what is broken: then every sample fails, beginning with this.
+                if not self._seen_good and len(self.bad) >= self.batch_size:
+                    raise
+                reason = f"the model raised {type(error).__name__}: {error}"
+                self._note_bad([BadSample(int(loaded.ids[0]), reason)])
+                return
+            half = len(loaded.ids) // 2
+            for part in (slice(None, half), slice(half, None)):
+                samples = loaded.samples[part]
+                piece = LoadedBatch(loaded.ids[part], samples, self.collate(samples), [])
+                yield from self._look(piece, snapshots, gradients)
+            return
+        self._seen_good = True
+        if captured is not None:
+            yield captured
+
+    def _pass(
+        self, loaded: LoadedBatch, snapshots: Snapshots | None, gradients: bool
+    ) -> Captured | None:
+        n = len(loaded.ids)
+        batch = self.prepare(loaded.batch)
+        recorder = LayerCapture(self._found)
+        with self.context(), recorder.recording():
+            outcome = self.objective(self.module, batch, n)
+        self._settle_layers(recorder.reached)
+        captured = _assemble(
+            loaded.ids,
+            outcome,
+            [self._outcome(batch, n, snapshots, age) for age in range(len(snapshots or ()))],
+            recorder.gradients(outcome.losses) if gradients else [],
+            recorder.representations(n),
+            recorder.fingerprints(n),
+        )
+        return self._keep_finite(captured)
+
+    def _outcome(self, batch: Any, n: int, snapshots: Snapshots | None, age: int) -> Outcome:
+        assert snapshots is not None
+        with snapshots.applied(self.module, age), self.context():
+            return self.objective(self.module, batch, n)
+
+    def _settle_layers(self, reached: list[str]) -> None:
+        if not self._order:
+            missed = [name for name in self.layers or () if name not in reached]
+            if missed or not reached:
+                raise CaptureError(
+                    f"the forward pass never called the layers {missed or list(self._found)}; name "
+                    f"layers that it calls, or leave layers=None (it called {reached})"
+                )
+            self._order = reached
+            self._found = {name: self._found[name] for name in reached}
+        elif reached != self._order:
+            raise CaptureError(
+                f"the forward pass called the layers {reached}, but {self._order} before; name "
+                "layers that every batch calls with layers=[...]"
+            )
+
+    def _keep_finite(self, captured: Captured) -> Captured | None:
+        finite = captured.losses.isfinite().all(1) & captured.fingerprints.isfinite().all(1)
+        for representation in captured.representations:
+            finite &= representation.isfinite().all(1)
+        if bool(finite.all()):
+            return captured
+        reason = "its loss or a feature is not finite"
+        self._note_bad([BadSample(int(i), reason) for i in captured.ids[~finite.cpu()]])
+        return rows(captured, finite) if bool(finite.any()) else None
+
+    def _note_bad(self, found: list[BadSample]) -> None:
+        if found and self.on_bad_sample == "raise":
+            raise BadSampleError(
+                f"sample {found[0].id} cannot be scored: {found[0].reason}; mend it, or set "
+                'on_bad_sample="set_aside" to leave such samples out'
+            )
+        self.bad.extend(found)
+
+
+def _assemble(
+    ids: Tensor,
+    present: Outcome,
+    earlier: list[Outcome],
+    gradients: list[LayerGradients],
+    representations: list[Tensor],
+    fingerprints: Tensor,
+) -> Captured:
+    outcomes = [present, *earlier]
+    entropy = present.entropy()
+    return Captured(
+        ids=ids,
+        labels=present.labels().cpu(),
+        losses=torch.stack([outcome.losses.detach().float() for outcome in outcomes], dim=1),
+        confidence=torch.stack([outcome.confidence().float() for outcome in outcomes], dim=1),
+        predictive=torch.full_like(present.losses, torch.nan) if entropy is None else entropy,
+        gradients=gradients,
+        representations=representations,
+        fingerprints=fingerprints,
+    )
+
+
+def rows(captured: Captured, keep: Tensor) -> Captured:
+    """Some of the samples of a pass.
+
+    Args:
+        captured: The pass.
+        keep: ``(n,)`` mask.
+    """
+    on_cpu = keep.cpu()
+    return Captured(
+        ids=captured.ids[on_cpu],
+        labels=captured.labels[on_cpu],
+        losses=captured.losses[keep],
+        confidence=captured.confidence[keep],
+        predictive=captured.predictive[keep],
+        gradients=[layer.rows(keep) for layer in captured.gradients],
+        representations=[h[keep] for h in captured.representations],
+        fingerprints=captured.fingerprints[keep],
+    )
+
+
+def join(parts: Sequence[Captured]) -> Captured:
+    """Several passes over the same layers as one.
+
+    Args:
+        parts: At least one.
+    """
+    return Captured(
+        ids=torch.cat([part.ids for part in parts]),
+        labels=torch.cat([part.labels for part in parts]),
+        losses=torch.cat([part.losses for part in parts]),
+        confidence=torch.cat([part.confidence for part in parts]),
+        predictive=torch.cat([part.predictive for part in parts]),
+        gradients=[concatenate(layer) for layer in zip(*(p.gradients for p in parts), strict=True)],
+        representations=[
+            torch.cat(layer) for layer in zip(*(p.representations for p in parts), strict=True)
+        ],
+        fingerprints=torch.cat([part.fingerprints for part in parts]),
+    )
