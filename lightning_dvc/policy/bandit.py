@@ -1,0 +1,211 @@
+"""Which source deserves the next candidates: a discounted upper-confidence-bound bandit (5.5).
+
+The arms are the sources. A source's worth drifts while the model learns, hence the discount:
+Garivier and Moulines, "On upper-confidence bound policies for switching bandit problems", ALT 2011.
+Without a discount it is UCB1: Auer, Cesa-Bianchi and Fischer, "Finite-time analysis of the
+multiarmed bandit problem", Machine Learning 47, 2002.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lightning_dvc.errors import ConfigurationError, StateError
+from lightning_dvc.policy.apportion import apportion
+
+
+class SourceBandit:
+    r"""Discounted UCB over sources, and the division of a round's candidates among them.
+
+    With ``discount=1``, ``exploration=1`` and one pull of the arm of the greatest index per round
+    this is UCB1, and the expected regret after ``T`` rounds is bounded by Theorem 6.1 (eq 14),
+
+    .. math:: \sum_{k: \Delta_k > 0} \frac{8 \ln T}{\Delta_k}
+        + \left(1 + \frac{\pi^2}{3}\right) \Delta_k,
+
+    where ``Delta_k`` is how much less arm ``k`` yields on average than the best arm.
+
+    Args:
+        n_arms: Number of sources ``K``, at least 1.
+        discount: What a past round counts for, relative to the round after it; in ``(0, 1]``.
+        exploration: Weight of the confidence term, at least 0. The default was measured for rounds
+            in which the reward of an arm is already a mean over many candidates.
+        temperature: Of the softmax that divides a round's candidates, greater than 0; the smaller,
+            the more the best arm gets.
+
+    Raises:
+        ConfigurationError: If an argument is out of its range.
+
+    Example:
+        >>> bandit = SourceBandit(2)
+        >>> bandit.update(torch.tensor([0.9, 0.6]))
+        >>> bandit.allocate(10, torch.tensor([100, 100])).tolist()
+        [10, 0]
+    """
+
+    def __init__(
+        self,
+        n_arms: int,
+        discount: float = 1.0,
+        exploration: float = 0.05,
+        temperature: float = 0.03,
+    ) -> None:
+        for name, value, fits, range_ in (
+            ("n_arms", n_arms, n_arms >= 1, "at least 1"),
+            ("discount", discount, 0 < discount <= 1, "greater than 0 and at most 1"),
+            ("exploration", exploration, 0 <= exploration < math.inf, "at least 0 and finite"),
+            ("temperature", temperature, 0 < temperature < math.inf, "greater than 0 and finite"),
+        ):
+            if not fits:
+                raise ConfigurationError(f"{name} must be {range_}, but is {value}; change {name}")
+        self.n_arms = n_arms
+        self.discount = discount
+        self.exploration = exploration
+        self.temperature = temperature
+        self._counts = torch.zeros(n_arms, dtype=torch.float64)
+        self._sums = torch.zeros(n_arms, dtype=torch.float64)
+
+    def update(self, rewards: Tensor) -> None:
+        """Learn what one round yielded.
+
+        Every round discounts what went before it, for all arms, observed or not.
+
+        Args:
+            rewards: ``(K,)`` reward of each arm in ``[0, 1]``; NaN for an arm not observed.
+
+        Raises:
+            ConfigurationError: If the shape is wrong or a reward is outside ``[0, 1]``.
+
+        Example:
+            >>> bandit = SourceBandit(2)
+            >>> bandit.update(torch.tensor([0.5, torch.nan]))
+            >>> bandit.index().tolist()[1]
+            inf
+        """
+        if rewards.shape != (self.n_arms,):
+            raise ConfigurationError(
+                f"expected one reward for each of {self.n_arms} arms, but the shape of rewards is "
+                f"{tuple(rewards.shape)}; use NaN for an arm that was not observed"
+            )
+        rewards = rewards.detach().to("cpu", torch.float64)
+        observed = ~rewards.isnan()
+        if not ((rewards[observed] >= 0) & (rewards[observed] <= 1)).all():
+            raise ConfigurationError(
+                f"rewards must be in [0, 1], but are {rewards.tolist()}; rescale or clamp them, "
+                "and use NaN for an arm that was not observed"
+            )
+        self._counts = self.discount * self._counts + observed
+        self._sums = self.discount * self._sums + rewards.nan_to_num()
+
+    def index(self) -> Tensor:
+        r"""Upper confidence index of each arm.
+
+        .. math:: \hat\mu_k + c \sqrt{2 \ln(t + 1) / N_k}
+
+        with the discounted mean reward, the discounted count ``N_k``, ``t`` the sum of the counts
+        and ``c`` the exploration. Without a discount and with one pull per round, ``t + 1`` is the
+        number of the pull that is being decided, as the proof of the regret bound has it.
+
+        Returns:
+            ``(K,)`` float64; ``inf`` for an arm never observed.
+
+        Example:
+            >>> bandit = SourceBandit(1, exploration=1)
+            >>> bandit.update(torch.tensor([0.5]))
+            >>> round(bandit.index().item(), 4) == round(0.5 + math.sqrt(2 * math.log(2)), 4)
+            True
+        """
+        observed = self._counts > 0
+        counts = torch.where(observed, self._counts, 1.0)
+        width = (2 * torch.log1p(self._counts.sum()) / counts).sqrt()
+        return torch.where(observed, self._sums / counts + self.exploration * width, torch.inf)
+
+    def allocate(
+        self,
+        quota: int,
+        stock: Tensor,
+        floor: Tensor | None = None,
+        ceiling: Tensor | None = None,
+    ) -> Tensor:
+        """Divide the candidates of one round among the arms.
+
+        Arms never observed come first: they share all that the floors of the others leave, equally.
+        What they cannot take is divided in proportion to ``softmax(index / temperature)``.
+
+        Args:
+            quota: Candidates to divide, at least 0.
+            stock: ``(K,)`` integers, samples left in each source.
+            floor: ``(K,)`` integers, the least that an arm gets as long as its stock and ceiling
+                allow. Where the quota is less than all floors, it is divided in proportion to them.
+                None: no floors.
+            ceiling: ``(K,)`` integers, the most that an arm gets. None: its stock.
+
+        Returns:
+            ``(K,)`` int64, at most ``min(stock, ceiling)``; the sum is the quota, or everything
+            there is if that is less. Rounded by the largest remainder, ties to the lower arm.
+
+        Raises:
+            ConfigurationError: If an argument is negative or has the wrong shape.
+
+        Example:
+            >>> bandit = SourceBandit(3)
+            >>> bandit.update(torch.tensor([0.5, 0.5, torch.nan]))
+            >>> bandit.allocate(9, torch.tensor([50, 50, 4]), torch.tensor([1, 1, 1])).tolist()
+            [3, 2, 4]
+        """
+        zeros = torch.zeros(self.n_arms, dtype=torch.int64)
+        stock = self._limit("stock", stock)
+        upper = stock if ceiling is None else torch.minimum(stock, self._limit("ceiling", ceiling))
+        lower = zeros if floor is None else torch.minimum(upper, self._limit("floor", floor))
+        if quota < 0:
+            raise ConfigurationError(f"quota must be at least 0, but is {quota}; pass 0 for none")
+        if quota <= int(lower.sum()):
+            return apportion(quota, lower, zeros, lower)
+        index = self.index()
+        unknown = index.isinf()
+        first = torch.where(unknown, upper, lower)
+        if quota <= int(first.sum()):
+            return apportion(quota, torch.ones_like(index), lower, first)
+        known_index = torch.where(unknown, 0.0, index)
+        return apportion(quota, torch.softmax(known_index / self.temperature, 0), first, upper)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What was learnt: discounted counts and reward sums, each ``(K,)``.
+
+        Example:
+            >>> sorted(SourceBandit(2).state_dict())
+            ['counts', 'sums']
+        """
+        return {"counts": self._counts.clone(), "sums": self._sums.clone()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a saved state.
+
+        Args:
+            state: From :meth:`state_dict` of a bandit with as many arms.
+
+        Raises:
+            StateError: If the number of arms differs.
+
+        Example:
+            >>> bandit = SourceBandit(2)
+            >>> bandit.load_state_dict(SourceBandit(2).state_dict())
+        """
+        shape = tuple(state["counts"].shape)
+        if shape != (self.n_arms,):
+            raise StateError(
+                f"expected the state of a bandit with {self.n_arms} arms, but its counts have the "
+                f"shape {shape}; load it with the sources that it was saved with"
+            )
+        self._counts = state["counts"].to("cpu", torch.float64, copy=True)
+        self._sums = state["sums"].to("cpu", torch.float64, copy=True)
+
+    def _limit(self, name: str, limit: Tensor) -> Tensor:
+        if limit.shape != (self.n_arms,) or limit.is_floating_point() or bool((limit < 0).any()):
+            raise ConfigurationError(
+                f"{name} must hold one integer, at least 0, for each of {self.n_arms} arms, but is "
+                f"{limit}; pass an int64 tensor of shape ({self.n_arms},)"
+            )
+        return limit.to("cpu", torch.int64)

@@ -1,0 +1,237 @@
+"""Choose the best candidates of a round without letting it become one-sided.
+
+Best first, and a candidate is passed over where its source or its class is full this round or
+where it nearly repeats a sample that is selected already.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_dvc.errors import ConfigurationError
+from lightning_dvc.memory.lsh import hamming
+
+Rule = Literal["arm", "class", "duplicate"]
+
+_STAGES: Final[tuple[tuple[Rule, ...], ...]] = (
+    ("arm", "class", "duplicate"),
+    ("arm", "duplicate"),
+    ("arm",),
+)
+_ROUNDING: Final = 1e-9
+
+
+@dataclass(frozen=True)
+class Diversified:
+    """What the rules let through.
+
+    Attributes:
+        positions: ``(k,)`` int64 positions of the chosen among the candidates, in order of choice.
+        passed_over: Candidates that each rule kept out while all rules held, each counted under
+            the first of ``arm``, ``class``, ``duplicate`` that it broke.
+        relaxed: Of those, how many were chosen after all because the quota was not met.
+    """
+
+    positions: Tensor
+    passed_over: dict[Rule, int]
+    relaxed: dict[Rule, int]
+
+
+def diversify(
+    values: Tensor,
+    ids: Tensor,
+    arms: Tensor,
+    labels: Tensor,
+    *,
+    quota: int,
+    arm_ceiling: Tensor,
+    class_ceiling: Tensor | None = None,
+    duplicate_of_known: Tensor | None = None,
+    codes: Tensor | None = None,
+    max_differing_bits: int = 0,
+) -> Diversified:
+    """Choose up to ``quota`` candidates, best first, under the diversification rules.
+
+    If the candidates run out before the quota is met, the class ceiling is dropped, then the rule
+    against near-duplicates, and what was passed over gets another chance in the same order, so that
+    a budget is used where there is stock. The arm ceiling and the quota always hold.
+
+    Args:
+        values: ``(n,)`` DVC values, the greater the better, no NaN.
+        ids: ``(n,)`` sample ids; of equal values the smaller id comes first.
+        arms: ``(n,)`` sources, in ``0 .. K - 1``.
+        labels: ``(n,)`` classes; no ceiling holds for -1 (no class) or a class beyond the ceilings.
+        quota: The most to choose, at least 0.
+        arm_ceiling: ``(K,)`` the most to choose from each source.
+        class_ceiling: ``(C,)`` the most to choose from each class. None: no such rule.
+        duplicate_of_known: ``(n,)`` bool, which candidates nearly repeat a selected sample. None:
+            none does.
+        codes: ``(n, tables)`` packed LSH codes, by which candidates are compared with each other.
+            None: they are not compared.
+        max_differing_bits: Codes that differ in at most so many bits count as near-duplicates.
+
+    Returns:
+        The chosen positions and what the rules did.
+
+    Raises:
+        ConfigurationError: If the arguments do not fit together or a value is NaN.
+
+    Example:
+        >>> four = torch.arange(4)
+        >>> chosen = diversify(
+        ...     torch.tensor([0.9, 0.8, 0.7, 0.6]), four, four % 2, torch.tensor([0, 0, 1, 1]),
+        ...     quota=2, arm_ceiling=torch.tensor([2, 2]), class_ceiling=torch.tensor([1, 1]),
+        ... )
+        >>> chosen.positions, chosen.passed_over
+        (tensor([0, 2]), {'arm': 0, 'class': 1, 'duplicate': 0})
+    """
+    _check(values, quota, ids=ids, arms=arms, labels=labels, known=duplicate_of_known, codes=codes)
+    by_id = torch.argsort(ids, stable=True)
+    order = by_id[torch.argsort(values[by_id], descending=True, stable=True)]
+
+    def resembling(position: int) -> list[int]:
+        if codes is None:
+            return []
+        near = hamming(codes[position, None], codes)[0] <= max_differing_bits
+        return [int(other) for other in torch.nonzero(near)]
+
+    choice = _Choice(
+        arms=arms.tolist(),
+        labels=labels.tolist(),
+        arm_room=arm_ceiling.tolist(),
+        class_room=None if class_ceiling is None else class_ceiling.tolist(),
+        duplicate=[False] * len(ids) if duplicate_of_known is None else duplicate_of_known.tolist(),
+        resembling=resembling,
+    )
+    return choice.run(order.tolist(), quota)
+
+
+def class_ceilings(
+    reference_labels: Tensor,
+    n_classes: int,
+    quota: int,
+    slack: float = 1.5,
+    smoothing: float = 1.0,
+) -> Tensor:
+    """The most that a round may choose from each class: a little more than its natural share.
+
+    ``max(1, ceil(slack * quota * (m_c + smoothing) / (m + smoothing * C)))`` for a class with
+    ``m_c`` of ``m`` reference samples. The shares are those of the reference, not uniform: that
+    lifted two unbalanced data sets from 45% to 75% and from 93% to 109% of the way from random
+    selection to selection from the clean samples only. They are smoothed (Laplace), because a
+    small reference may lack a class altogether, which must not starve.
+
+    Args:
+        reference_labels: ``(m,)`` classes in ``0 .. C - 1``; -1 (no class) is left out.
+        n_classes: ``C``, at least 1.
+        quota: Samples that the round chooses, at least 0.
+        slack: How far a class may exceed its share, at least 1.
+        smoothing: Reference samples added to each class, greater than 0.
+
+    Returns:
+        ``(C,)`` int64, at least 1 each. Without any labelled reference nothing is known about the
+        mix, so each is the whole quota.
+
+    Raises:
+        ConfigurationError: If an argument is out of its range.
+
+    Example:
+        >>> class_ceilings(torch.tensor([0] * 7 + [1]), n_classes=2, quota=100)
+        tensor([120,  30])
+    """
+    known = reference_labels[reference_labels >= 0]
+    highest = max(known.tolist(), default=-1)
+    if n_classes <= max(highest, 0) or quota < 0 or slack < 1 or smoothing <= 0:
+        raise ConfigurationError(
+            "expected n_classes >= 1, quota >= 0, slack >= 1, smoothing > 0 and labels below "
+            f"n_classes, but got n_classes={n_classes}, quota={quota}, slack={slack}, "
+            f"smoothing={smoothing} and labels up to {highest}; "
+            "change the one that is out of range"
+        )
+    if len(known) == 0:
+        return torch.full((n_classes,), max(quota, 1))
+    counts = torch.bincount(known.cpu(), minlength=n_classes).double() + smoothing
+    ceilings = slack * quota * counts / counts.sum()
+    return (ceilings - _ROUNDING).ceil().to(torch.int64).clamp(min=1)
+
+
+class _Choice:
+    """Greedy choice in progress: the room that is left and what was chosen so far."""
+
+    def __init__(
+        self,
+        arms: list[int],
+        labels: list[int],
+        arm_room: list[int],
+        class_room: list[int] | None,
+        duplicate: list[bool],
+        resembling: Callable[[int], list[int]],
+    ) -> None:
+        self.arms, self.labels = arms, labels
+        self.arm_room = arm_room
+        self.class_room = class_room or []
+        self.duplicate = duplicate
+        self.resembling = resembling
+        self.chosen: list[int] = []
+
+    def run(self, order: list[int], quota: int) -> Diversified:
+        reasons: dict[int, Rule] = {}
+        waiting = order
+        for rules in _STAGES:
+            left: list[int] = []
+            for position in waiting:
+                if len(self.chosen) == quota:
+                    break
+                broken = self.broken(position, rules)
+                if broken is None:
+                    self.take(position)
+                else:
+                    reasons.setdefault(position, broken)
+                    left.append(position)
+            waiting = left
+        counts = Counter(reasons.values())
+        relaxed = Counter(reasons[p] for p in self.chosen if p in reasons)
+        rules = _STAGES[0]
+        return Diversified(
+            torch.tensor(self.chosen, dtype=torch.int64),
+            {rule: counts[rule] for rule in rules},
+            {rule: relaxed[rule] for rule in rules},
+        )
+
+    def broken(self, position: int, rules: tuple[Rule, ...]) -> Rule | None:
+        """The first of the rules that forbids a candidate."""
+        label = self.labels[position]
+        forbids = {
+            "arm": self.arm_room[self.arms[position]] <= 0,
+            "class": 0 <= label < len(self.class_room) and self.class_room[label] <= 0,
+            "duplicate": self.duplicate[position],
+        }
+        return next((rule for rule in rules if forbids[rule]), None)
+
+    def take(self, position: int) -> None:
+        self.chosen.append(position)
+        self.arm_room[self.arms[position]] -= 1
+        if 0 <= self.labels[position] < len(self.class_room):
+            self.class_room[self.labels[position]] -= 1
+        for other in self.resembling(position):
+            self.duplicate[other] = True
+
+
+def _check(values: Tensor, quota: int, **others: Tensor | None) -> None:
+    for name, tensor in others.items():
+        if tensor is not None and len(tensor) != len(values):
+            raise ConfigurationError(
+                f"expected as many {name} as values, {len(values)}, but got {len(tensor)}; pass "
+                "one row per candidate"
+            )
+    if bool(values.isnan().any()):
+        raise ConfigurationError(
+            "expected a value for each candidate, but some are NaN; leave out candidates that "
+            "could not be scored"
+        )
+    if quota < 0:
+        raise ConfigurationError(f"quota must be at least 0, but is {quota}; pass 0 to choose none")

@@ -1,0 +1,176 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_dvc.errors import ConfigurationError
+from lightning_dvc.policy.diversify import class_ceilings, diversify
+
+N_ARMS, N_CLASSES = 2, 3
+
+
+def choose_by_hand(p):
+    """The rules as they are told: again and again the best candidate that no rule forbids."""
+    chosen = []
+
+    def near(i, j):
+        return (
+            sum((int(a) ^ int(b)).bit_count() for a, b in zip(p.codes[i], p.codes[j], strict=True))
+            <= p.bits
+        )
+
+    def allowed(i, class_rule, duplicate_rule):
+        if sum(p.arms[c] == p.arms[i] for c in chosen) >= p.arm_ceiling[p.arms[i]]:
+            return False
+        label = p.labels[i]
+        mates = sum(p.labels[c] == label for c in chosen)
+        if class_rule and 0 <= label < N_CLASSES and mates >= p.class_ceiling[label]:
+            return False
+        return not (duplicate_rule and (p.known[i] or any(near(i, c) for c in chosen)))
+
+    for class_rule, duplicate_rule in [(True, True), (False, True), (False, False)]:
+        while len(chosen) < p.quota:
+            free = [
+                i
+                for i in range(len(p.values))
+                if i not in chosen and allowed(i, class_rule, duplicate_rule)
+            ]
+            if not free:
+                break
+            chosen.append(min(free, key=lambda i: (-p.values[i], p.ids[i])))
+    return chosen
+
+
+class Problem:
+    def __init__(self, draw):
+        n = draw(st.integers(0, 12))
+
+        def rows(element):
+            return draw(st.lists(element, min_size=n, max_size=n))
+
+        self.values = rows(st.sampled_from([0.1, 0.5, 0.7, 0.9, -1.0]))
+        self.ids = draw(st.permutations(range(100, 100 + n)))
+        self.arms = rows(st.integers(0, N_ARMS - 1))
+        self.labels = rows(st.integers(-1, N_CLASSES))
+        self.known = rows(st.booleans())
+        self.codes = rows(st.tuples(st.integers(0, 7), st.integers(0, 7)))
+        self.bits = draw(st.integers(0, 2))
+        self.quota = draw(st.integers(0, 14))
+        self.arm_ceiling = draw(st.tuples(*[st.integers(0, 9)] * N_ARMS))
+        self.class_ceiling = draw(st.tuples(*[st.integers(0, 5)] * N_CLASSES))
+
+    def run(self):
+        return diversify(
+            torch.tensor(self.values),
+            torch.tensor(self.ids, dtype=torch.int64),
+            torch.tensor(self.arms, dtype=torch.int64),
+            torch.tensor(self.labels, dtype=torch.int64),
+            quota=self.quota,
+            arm_ceiling=torch.tensor(self.arm_ceiling),
+            class_ceiling=torch.tensor(self.class_ceiling),
+            duplicate_of_known=torch.tensor(self.known, dtype=torch.bool),
+            codes=torch.tensor(self.codes, dtype=torch.int64).reshape(-1, 2),
+            max_differing_bits=self.bits,
+        )
+
+
+problems = st.composite(Problem)()
+
+
+@settings(max_examples=400, deadline=None)
+@given(problems)
+def test_choice_equals_the_rules_as_they_are_told(problem):
+    assert problem.run().positions.tolist() == choose_by_hand(problem)
+
+
+@settings(max_examples=200, deadline=None)
+@given(problems)
+def test_quota_and_arm_ceiling_always_hold_and_stock_is_used(problem):
+    chosen = problem.run().positions
+    counts = torch.bincount(torch.tensor(problem.arms).long()[chosen], minlength=N_ARMS)
+    stock = torch.bincount(torch.tensor(problem.arms).long(), minlength=N_ARMS)
+    ceiling = torch.tensor(problem.arm_ceiling)
+    assert len(set(chosen.tolist())) == len(chosen)
+    assert (counts <= ceiling).all()
+    assert len(chosen) == min(problem.quota, int(torch.minimum(stock, ceiling).sum()))
+
+
+@settings(deadline=None)
+@given(problems)
+def test_chosen_despite_a_rule_were_passed_over_first(problem):
+    result = problem.run()
+    assert result.relaxed["arm"] == 0
+    assert all(result.relaxed[rule] <= result.passed_over[rule] for rule in result.relaxed)
+
+
+FOUR = torch.arange(4)
+
+
+def choose(values, **settings):
+    settings = {"quota": 4, "arm_ceiling": torch.tensor([4]), **settings}
+    labels = settings.pop("labels", torch.full((4,), -1))
+    return diversify(torch.tensor(values), FOUR, torch.zeros_like(FOUR), labels, **settings)
+
+
+def test_best_first_ties_by_id():
+    assert choose([0.5, 0.9, 0.5, 0.9]).positions.tolist() == [1, 3, 0, 2]
+
+
+def test_class_ceiling_gives_way_before_near_duplicates():
+    result = choose(
+        [0.9, 0.8, 0.7, 0.6],
+        labels=torch.tensor([0, 0, 1, 1]),
+        class_ceiling=torch.tensor([1, 1]),
+        duplicate_of_known=torch.tensor([True, False, False, False]),
+    )
+    assert result.positions.tolist() == [1, 2, 3, 0]
+    assert result.passed_over == {"arm": 0, "class": 1, "duplicate": 1}
+    assert result.relaxed == {"arm": 0, "class": 1, "duplicate": 1}
+
+
+def test_near_duplicates_among_the_candidates():
+    codes = torch.tensor([[0b1100], [0b1101], [0b0011], [0b0010]])
+    assert choose(
+        [0.6, 0.7, 0.8, 0.9], codes=codes, max_differing_bits=1, quota=2
+    ).positions.tolist() == [3, 1]
+    assert choose([0.6, 0.7, 0.8, 0.9], codes=codes, quota=2).positions.tolist() == [3, 2]
+
+
+def test_no_candidates():
+    none = torch.empty(0, dtype=torch.int64)
+    result = diversify(none.float(), none, none, none, quota=3, arm_ceiling=torch.tensor([1, 1]))
+    assert result.positions.shape == (0,)
+    assert result.positions.dtype == torch.int64
+
+
+def test_arguments_that_do_not_fit_are_refused():
+    with pytest.raises(ConfigurationError, match="NaN"):
+        choose([0.1, math.nan, 0.2, 0.3])
+    with pytest.raises(ConfigurationError, match="labels"):
+        choose([0.1, 0.2, 0.3, 0.4], labels=torch.zeros(3))
+    with pytest.raises(ConfigurationError, match="quota"):
+        choose([0.1, 0.2, 0.3, 0.4], quota=-1)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(-1, 4), max_size=40), st.integers(0, 50), st.sampled_from([1.0, 1.5, 3.0])
+)
+def test_class_ceilings_follow_the_label_mix_and_admit_the_quota(labels, quota, slack):
+    ceilings = class_ceilings(torch.tensor(labels, dtype=torch.int64), 5, quota, slack).tolist()
+    m = sum(label >= 0 for label in labels)
+    assert min(ceilings) >= 1
+    assert sum(ceilings) >= quota
+    for label, ceiling in enumerate(ceilings):
+        exact = slack * quota * (labels.count(label) + 1) / (m + 5) if m else quota
+        assert ceiling == max(1, math.ceil(exact - 1e-9))
+
+
+@pytest.mark.parametrize(
+    "bad", [{"n_classes": 2}, {"quota": -1}, {"slack": 0.5}, {"smoothing": 0.0}]
+)
+def test_class_ceilings_refuse_what_cannot_be(bad):
+    with pytest.raises(ConfigurationError):
+        class_ceilings(torch.tensor([0, 2]), **{"n_classes": 3, "quota": 5, **bad})
