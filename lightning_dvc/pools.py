@@ -1,0 +1,278 @@
+"""Sources, their global sample ids, and draws of samples that are still free.
+
+A source is any map-style dataset; nothing here reads a sample. The only thing kept for every
+sample is one byte that tells whether it is still free. A draw costs time in proportion to what is
+drawn, not to the size of the pool (design page, section 4).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
+
+from lightning_dvc.errors import ConfigurationError, StateError
+from lightning_dvc.randomness import stream
+
+FREE: Final = 0
+SELECTED: Final = 1
+TAKEN_BACK: Final = 2
+SET_ASIDE: Final = 3
+
+# Below this share of free samples a rejection draw wastes more tries than one scan of the bytes.
+_SCAN_BELOW: Final = 1 / 16
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of training samples.
+
+    Args:
+        dataset: A map-style dataset: ``__len__`` and ``__getitem__``.
+        min_share: Least share of what is selected that comes from here, in ``[0, 1]``.
+        max_share: Largest share of what is selected that comes from here, in ``[0, 1]``.
+
+    Raises:
+        ConfigurationError: If the dataset is not map-style or empty, or the shares are not
+            ``0 <= min_share <= max_share <= 1``.
+
+    Example:
+        >>> from torch.utils.data import TensorDataset
+        >>> Source(TensorDataset(torch.zeros(4, 2)), max_share=0.5).max_share
+        0.5
+    """
+
+    dataset: Dataset[Any]
+    min_share: float = 0.0
+    max_share: float = 1.0
+
+    def __post_init__(self) -> None:
+        kind = type(self.dataset).__name__
+        if isinstance(self.dataset, IterableDataset) or not _is_map_style(self.dataset):
+            raise ConfigurationError(
+                f"a source needs a map-style dataset with __len__ and __getitem__, but got {kind}; "
+                "samples are drawn by index, so load an iterable one into a list or an indexed "
+                "file first"
+            )
+        if not 0 <= self.min_share <= self.max_share <= 1:
+            raise ConfigurationError(
+                "shares of a source must satisfy 0 <= min_share <= max_share <= 1, but got "
+                f"min_share={self.min_share}, max_share={self.max_share}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]  # checked in __post_init__
+
+
+def _is_map_style(dataset: object) -> bool:
+    return hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+
+
+class PoolDataset(Dataset[Any]):
+    """All sources as one dataset, indexed by global id.
+
+    Immutable, so that loader workers never hold an outdated copy.
+
+    Args:
+        datasets: One dataset per source, in arm order.
+        offsets: First global id of each source, and the total at the end.
+    """
+
+    def __init__(self, datasets: Sequence[Dataset[Any]], offsets: np.ndarray) -> None:
+        self._datasets = list(datasets)
+        self._offsets = offsets
+
+    def __len__(self) -> int:
+        return int(self._offsets[-1])
+
+    def __getitem__(self, sample_id: int) -> Any:
+        arm = int(np.searchsorted(self._offsets, sample_id, side="right")) - 1
+        return self._datasets[arm][int(sample_id - self._offsets[arm])]
+
+
+class Pools:
+    """The sources and the state of each of their samples: free, selected, taken back, set aside.
+
+    Args:
+        sources: Name to :class:`Source` or to a map-style dataset; the order numbers the arms.
+        seed: Seed of every draw.
+
+    Raises:
+        ConfigurationError: If there is no source, one is empty or not map-style, or the minimum
+            shares add up to more than 1.
+
+    Example:
+        >>> from torch.utils.data import TensorDataset
+        >>> pools = Pools({"a": TensorDataset(torch.zeros(3)), "b": TensorDataset(torch.ones(5))})
+        >>> pools.arms_of(torch.tensor([2, 3])).tolist()
+        [0, 1]
+        >>> pools.draw(1, 5, "example").tolist()
+        [3, 4, 5, 6, 7]
+    """
+
+    def __init__(self, sources: Mapping[str, Source | Dataset[Any]], seed: int = 0) -> None:
+        if not sources:
+            raise ConfigurationError(
+                "sources is empty; give at least one: sources={'name': dataset, ...}"
+            )
+        self.sources = {
+            str(name): given if isinstance(given, Source) else Source(given)
+            for name, given in sources.items()
+        }
+        self.seed = seed
+        self.sizes = [len(source) for source in self.sources.values()]
+        self._check()
+        self._offsets = np.concatenate([[0], np.cumsum(self.sizes)]).astype(np.int64)
+        self._status = np.zeros(self._offsets[-1], dtype=np.uint8)
+        self._free = np.array(self.sizes, dtype=np.int64)
+        self.dataset = PoolDataset([s.dataset for s in self.sources.values()], self._offsets)
+
+    def _check(self) -> None:
+        for name, size in zip(self.sources, self.sizes, strict=True):
+            if size == 0:
+                raise ConfigurationError(f"source {name!r} has no samples; leave it out or fill it")
+        least = sum(source.min_share for source in self.sources.values())
+        most = sum(source.max_share for source in self.sources.values())
+        if least > 1 + 1e-9:
+            raise ConfigurationError(
+                f"the minimum shares of the sources add up to {least:.3f}; they must not exceed 1"
+            )
+        if most < 1 - 1e-9:
+            raise ConfigurationError(
+                f"the maximum shares of the sources add up to {most:.3f}, so the budget can never "
+                "be filled; they must reach 1"
+            )
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the sources in arm order."""
+        return list(self.sources)
+
+    @property
+    def n_samples(self) -> int:
+        """Samples in all pools together."""
+        return len(self._status)
+
+    @property
+    def stock(self) -> Tensor:
+        """``(K,)`` free samples of each source."""
+        return torch.from_numpy(self._free.copy())
+
+    def arms_of(self, ids: Tensor) -> Tensor:
+        """Tell the source of each sample.
+
+        Args:
+            ids: ``(n,)`` global ids.
+
+        Returns:
+            ``(n,)`` arm numbers.
+        """
+        return torch.from_numpy(np.searchsorted(self._offsets, ids.numpy(), side="right") - 1)
+
+    def indices_of(self, ids: Tensor) -> Tensor:
+        """Tell the index of each sample within its own source, ``(n,)``."""
+        return ids - torch.from_numpy(self._offsets)[self.arms_of(ids)]
+
+    def ids_of(self, arm: int, indices: Tensor) -> Tensor:
+        """Tell the global ids of samples of one source, ``(n,)``, from their indices in it."""
+        return indices + int(self._offsets[arm])
+
+    def draw(self, arm: int, count: int, purpose: str, *numbers: int) -> Tensor:
+        """Draw free samples of one source, uniformly and without replacement.
+
+        Drawn samples stay free: only :meth:`mark` changes their state.
+
+        Args:
+            arm: Number of the source.
+            count: How many, at least 0; all that are free when there are fewer.
+            purpose: Names the random stream, see :func:`lightning_dvc.randomness.stream`.
+            numbers: Further words of the stream, such as the round.
+
+        Returns:
+            ``(min(count, free),)`` global ids, ascending.
+        """
+        start, stop = int(self._offsets[arm]), int(self._offsets[arm + 1])
+        status = self._status[start:stop]
+        free = int(self._free[arm])
+        count = min(count, free)
+        generator = stream(self.seed, purpose, arm, *numbers)
+        if count > free // 2 or free < _SCAN_BELOW * len(status):
+            chosen = generator.choice(np.flatnonzero(status == FREE), size=count, replace=False)
+        else:
+            chosen = _draw_by_rejection(status, count, generator)
+        return torch.from_numpy(np.sort(chosen).astype(np.int64) + start)
+
+    def mark(self, ids: Tensor, status: int) -> None:
+        """Change the state of samples.
+
+        Args:
+            ids: ``(n,)`` global ids, each at most once.
+            status: ``FREE``, ``SELECTED``, ``TAKEN_BACK`` or ``SET_ASIDE``.
+        """
+        index = ids.numpy()
+        arms = np.searchsorted(self._offsets, index, side="right") - 1
+        was_free = self._status[index] == FREE
+        np.subtract.at(self._free, arms[was_free], 1)
+        if status == FREE:
+            np.add.at(self._free, arms, 1)
+        self._status[index] = status
+
+    def fingerprint(self) -> dict[str, int]:
+        """Names and sizes of the sources, to recognise the pools that a checkpoint belongs to."""
+        return dict(zip(self.names, self.sizes, strict=True))
+
+    def check_fingerprint(self, saved: Mapping[str, int], what: str) -> None:
+        """Refuse state that was saved for other pools.
+
+        Args:
+            saved: Result of :meth:`fingerprint` when the state was saved.
+            what: Names the thing being loaded, for the message.
+
+        Raises:
+            StateError: If names, order or sizes differ.
+        """
+        if list(saved.items()) != list(self.fingerprint().items()):
+            raise StateError(
+                f"{what} was saved for the sources {dict(saved)}, but this run has "
+                f"{self.fingerprint()}; give the same sources, in the same order and of the same "
+                "sizes"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of the samples that are not free, and the fingerprint of the pools."""
+        taken = np.flatnonzero(self._status)
+        return {
+            "fingerprint": self.fingerprint(),
+            "ids": torch.from_numpy(taken),
+            "status": torch.from_numpy(self._status[taken]),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the state of every sample.
+
+        Raises:
+            StateError: If the state belongs to other pools.
+        """
+        self.check_fingerprint(state["fingerprint"], "the checkpoint's selection")
+        self._status[:] = FREE
+        self._free[:] = self.sizes
+        for status in (SELECTED, TAKEN_BACK, SET_ASIDE):
+            self.mark(state["ids"][state["status"] == status], status)
+
+
+def _draw_by_rejection(
+    status: np.ndarray, count: int, generator: np.random.Generator
+) -> np.ndarray:
+    """Draw distinct free positions without looking at the others; at least 1 in 16 is free."""
+    found = np.empty(0, dtype=np.int64)
+    while len(found) < count:
+        tries = generator.integers(len(status), size=2 * (count - len(found)) + 16)
+        fresh = np.concatenate([found, tries[status[tries] == FREE]])
+        # np.unique sorts; going through first positions keeps the order of the draws, so that
+        # cutting the surplus off does not favour small ids.
+        _, first = np.unique(fresh, return_index=True)
+        found = fresh[np.sort(first)]
+    return found[:count]

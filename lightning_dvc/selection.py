@@ -1,0 +1,302 @@
+"""What was selected, from where, when and why: the record, and its files.
+
+:class:`SelectionRecord` grows while a run selects and belongs to the datamodule;
+:class:`Selection` is the table that a user sees, saves and trains from again.
+"""
+
+import csv
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from lightning_dvc.errors import ConfigurationError, StateError
+from lightning_dvc.pools import Pools
+from lightning_dvc.records import METRICS, BadSample, Choice
+
+_WEIGHTS: Final = tuple(f"weight_{metric}" for metric in METRICS)
+COLUMNS: Final = ("source", "index", "round", "value", *METRICS, *_WEIGHTS)
+"""Columns of a saved selection, one row per selected sample in order of selection."""
+
+
+@dataclass(frozen=True)
+class SetAside:
+    """A sample that could not be scored, and so is never selected.
+
+    Attributes:
+        source: Name of its source.
+        index: Index within the source.
+        reason: What happened, in words.
+    """
+
+    source: str
+    index: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The selected samples as a table, in order of selection.
+
+    Attributes:
+        source: ``s`` source names.
+        index: ``(s,)`` index of each sample within its source.
+        round: ``(s,)`` round in which it was selected; 0 is the warm-up.
+        value: ``(s,)`` its DVC value then, in ``[0, 1]``; NaN where nothing was scored.
+        raw: ``(s, 6)`` its raw metrics then, in the order of :data:`~lightning_dvc.records.METRICS`
+            (the layer metrics are means over the layers); NaN where nothing was scored.
+        weights: ``(s, 6)`` metric weights in force then; NaN where there were none.
+        set_aside: Samples that could not be scored.
+        n_ever_selected: Distinct samples that were ever selected, those taken back included.
+
+    Example:
+        >>> empty = torch.empty(1, 6)
+        >>> one = torch.tensor([3])
+        >>> Selection(("bank",), one, one, one.float(), empty, empty).shares()
+        {'bank': 1.0}
+    """
+
+    source: tuple[str, ...]
+    index: Tensor
+    round: Tensor
+    value: Tensor
+    raw: Tensor
+    weights: Tensor
+    set_aside: tuple[SetAside, ...] = ()
+    n_ever_selected: int = 0
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def shares(self, names: Iterable[str] | None = None) -> dict[str, float]:
+        """Share of the selection that each source has.
+
+        Args:
+            names: Sources to list; those that occur, when not given.
+
+        Returns:
+            Name to share in ``[0, 1]``, adding up to 1 over all sources.
+        """
+        counts = dict.fromkeys(names or dict.fromkeys(self.source), 0)
+        for name in self.source:
+            counts[name] += 1
+        return {name: count / max(len(self), 1) for name, count in counts.items()}
+
+    def columns(self) -> dict[str, list[Any]]:
+        """The table as plain Python lists, keyed by :data:`COLUMNS`."""
+        table: dict[str, list[Any]] = {
+            "source": list(self.source),
+            "index": self.index.tolist(),
+            "round": self.round.tolist(),
+            "value": self.value.tolist(),
+        }
+        table.update(zip(METRICS, self.raw.T.tolist(), strict=True))
+        table.update(zip(_WEIGHTS, self.weights.T.tolist(), strict=True))
+        return table
+
+    def to_parquet(self, path: str | Path) -> None:
+        """Write the table to a Parquet file; samples set aside go into its metadata.
+
+        Raises:
+            ConfigurationError: If pyarrow is not installed.
+        """
+        arrow, parquet = _import_pyarrow()
+        table = arrow.table(self.columns())
+        notes = {
+            "set_aside": json.dumps([vars(entry) for entry in self.set_aside]),
+            "n_ever_selected": json.dumps(self.n_ever_selected),
+        }
+        parquet.write_table(table.replace_schema_metadata(notes), str(path))
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write the table to a CSV file; samples set aside go into ``<name>.set_aside.csv``."""
+        table = self.columns()
+        _write_csv(Path(path), COLUMNS, zip(*(table[name] for name in COLUMNS), strict=True))
+        if self.set_aside:
+            rows = [(entry.source, entry.index, entry.reason) for entry in self.set_aside]
+            _write_csv(_set_aside_path(Path(path)), ("source", "index", "reason"), rows)
+
+    @staticmethod
+    def load(path: str | Path) -> "Selection":
+        """Read a file written by :meth:`to_parquet` or :meth:`to_csv`, told by its suffix.
+
+        Raises:
+            ConfigurationError: If the suffix is neither ``.parquet`` nor ``.csv``.
+            StateError: If columns are missing.
+        """
+        path = Path(path)
+        if path.suffix == ".parquet":
+            return _load_parquet(path)
+        if path.suffix == ".csv":
+            return _load_csv(path)
+        raise ConfigurationError(
+            f"a saved selection ends in .parquet or .csv, but got {path.name!r}"
+        )
+
+
+def _import_pyarrow() -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ConfigurationError(
+            "Parquet files need pyarrow, which is not installed; run "
+            "`pip install 'lightning-dvc[parquet]'` or use to_csv"
+        ) from error
+    return pyarrow, pyarrow.parquet
+
+
+def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+def _set_aside_path(path: Path) -> Path:
+    return path.with_suffix(".set_aside.csv")
+
+
+def _load_parquet(path: Path) -> Selection:
+    _, parquet = _import_pyarrow()
+    table = parquet.read_table(str(path))
+    notes = table.schema.metadata or {}
+    set_aside = json.loads(notes.get(b"set_aside", b"[]"))
+    n_ever = json.loads(notes.get(b"n_ever_selected", b"0"))
+    return _from_columns(
+        table.to_pydict(), path, [SetAside(**entry) for entry in set_aside], n_ever
+    )
+
+
+def _load_csv(path: Path) -> Selection:
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        rows = list(reader)
+        header = reader.fieldnames or []
+    set_aside: list[SetAside] = []
+    if _set_aside_path(path).exists():
+        with _set_aside_path(path).open(newline="") as file:
+            set_aside = [
+                SetAside(row["source"], int(row["index"]), row["reason"])
+                for row in csv.DictReader(file)
+            ]
+    table: dict[str, list[Any]] = {name: [row[name] for row in rows] for name in header}
+    return _from_columns(table, path, set_aside, 0)
+
+
+def _from_columns(
+    table: Mapping[str, Sequence[Any]], path: Path, set_aside: Sequence[SetAside], n_ever: int
+) -> Selection:
+    missing = [name for name in COLUMNS if name not in table]
+    if missing:
+        raise StateError(
+            f"{path.name} is not a saved selection: it lacks the columns {missing}; expected "
+            f"{list(COLUMNS)}"
+        )
+
+    def floats(*names: str) -> Tensor:
+        return torch.tensor([[float(x) for x in table[name]] for name in names]).T
+
+    return Selection(
+        source=tuple(table["source"]),
+        index=torch.tensor([int(x) for x in table["index"]], dtype=torch.int64),
+        round=torch.tensor([int(x) for x in table["round"]], dtype=torch.int64),
+        value=floats("value").squeeze(1),
+        raw=floats(*METRICS),
+        weights=floats(*_WEIGHTS),
+        set_aside=tuple(set_aside),
+        n_ever_selected=n_ever or len(table["source"]),
+    )
+
+
+class SelectionRecord:
+    """The growing record behind :class:`Selection`: rows in order of selection.
+
+    Example:
+        >>> record = SelectionRecord()
+        >>> record.add(Choice.unscored(torch.tensor([7, 3])), round_number=0)
+        >>> record.remove(torch.tensor([7]))
+        >>> record.ids.tolist(), record.n_ever_selected
+        ([3], 2)
+    """
+
+    def __init__(self) -> None:
+        self.ids = torch.empty(0, dtype=torch.int64)
+        self._rounds = torch.empty(0, dtype=torch.int64)
+        # value, six raw metrics, six weights
+        self._why = torch.empty(0, 1 + 2 * len(METRICS))
+        self.bad: list[BadSample] = []
+        self.n_ever_selected = 0
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def add(self, choice: Choice, round_number: int) -> None:
+        """Append the samples that a round chose.
+
+        Args:
+            choice: What the round decided; only what it adds is used here.
+            round_number: Number of the round, 0 for the warm-up.
+        """
+        n_added = len(choice.add)
+        weights = choice.weights.expand(n_added, -1)
+        why = torch.cat([choice.values[:, None], choice.raw, weights], dim=1)
+        self.ids = torch.cat([self.ids, choice.add])
+        self._rounds = torch.cat([self._rounds, torch.full((n_added,), round_number)])
+        self._why = torch.cat([self._why, why.to(self._why)])
+        # What was taken back is never drawn again, so each added sample is a new one.
+        self.n_ever_selected += n_added
+
+    def remove(self, ids: Tensor) -> None:
+        """Take samples back: their rows leave the table.
+
+        Args:
+            ids: ``(r,)`` selected ids.
+        """
+        keep = ~torch.isin(self.ids, ids)
+        self.ids, self._rounds, self._why = self.ids[keep], self._rounds[keep], self._why[keep]
+
+    def set_aside(self, bad: Iterable[BadSample]) -> None:
+        """Note samples that could not be scored."""
+        self.bad.extend(bad)
+
+    def table(self, pools: Pools) -> Selection:
+        """The user's view of the record."""
+        names, n_metrics = pools.names, len(METRICS)
+        bad_ids = torch.tensor([entry.id for entry in self.bad], dtype=torch.int64)
+        bad_rows = zip(
+            pools.arms_of(bad_ids).tolist(),
+            pools.indices_of(bad_ids).tolist(),
+            self.bad,
+            strict=True,
+        )
+        return Selection(
+            source=tuple(names[arm] for arm in pools.arms_of(self.ids).tolist()),
+            index=pools.indices_of(self.ids),
+            round=self._rounds,
+            value=self._why[:, 0],
+            raw=self._why[:, 1 : 1 + n_metrics],
+            weights=self._why[:, 1 + n_metrics :],
+            set_aside=tuple(SetAside(names[a], i, entry.reason) for a, i, entry in bad_rows),
+            n_ever_selected=self.n_ever_selected,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, as tensors and plain containers."""
+        return {
+            "ids": self.ids,
+            "rounds": self._rounds,
+            "why": self._why,
+            "bad": [(entry.id, entry.reason) for entry in self.bad],
+            "n_ever_selected": self.n_ever_selected,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        self.ids, self._rounds, self._why = state["ids"], state["rounds"], state["why"]
+        self.bad = [BadSample(int(i), str(reason)) for i, reason in state["bad"]]
+        self.n_ever_selected = int(state["n_ever_selected"])
