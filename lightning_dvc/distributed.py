@@ -4,8 +4,12 @@ Every rank draws the same candidates, because draws depend only on the seed, sco
 of them, and gathers the rows; each then decides by itself from the same numbers.
 """
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
+
+_T = TypeVar("_T")
 
 
 class Group:
@@ -18,17 +22,23 @@ class Group:
     Example:
         >>> Group().shard(torch.arange(3)).tolist()
         [0, 1, 2]
-        >>> Group(rank=1, world_size=2).shard(torch.arange(3)).tolist()
-        [2]
+        >>> Group(rank=1, world_size=2).shard(torch.arange(5), batch_size=2).tolist()
+        [2, 3, 4]
     """
 
     def __init__(self, rank: int = 0, world_size: int = 1) -> None:
         self.rank = rank
         self.world_size = world_size
 
-    def shard(self, ids: Tensor) -> Tensor:
-        """This rank's contiguous part of ``(n,)`` ids; parts differ in length by at most one."""
-        return torch.tensor_split(ids, self.world_size)[self.rank]
+    def shard(self, ids: Tensor, batch_size: int = 1) -> Tensor:
+        """This rank's contiguous part of ``(n,)`` ids.
+
+        Parts are made of whole batches, so that a sample meets the same batch mates, and so the
+        same rounding, whatever the number of processes.
+        """
+        batches = -(-len(ids) // batch_size)
+        first, last = (batches * rank // self.world_size for rank in (self.rank, self.rank + 1))
+        return ids[first * batch_size : last * batch_size]
 
     def gather(self, rows: Tensor, device: torch.device | None = None) -> Tensor:
         """Concatenate every rank's rows in rank order.
@@ -59,11 +69,11 @@ class Group:
         torch.distributed.all_reduce(total)
         return total
 
-    def gather_objects(self, items: list[object]) -> list[object]:
+    def gather_objects(self, items: list[_T]) -> list[_T]:
         """Concatenate every rank's short list of plain objects in rank order."""
         if self.world_size == 1:
             return items
-        received: list[list[object]] = [[] for _ in range(self.world_size)]
+        received: list[list[_T]] = [[] for _ in range(self.world_size)]
         torch.distributed.all_gather_object(received, items)
         return [item for part in received for item in part]
 

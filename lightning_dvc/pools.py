@@ -176,9 +176,14 @@ class Pools:
         """Tell the index of each sample within its own source, ``(n,)``."""
         return ids - torch.from_numpy(self._offsets)[self.arms_of(ids)]
 
-    def ids_of(self, arm: int, indices: Tensor) -> Tensor:
-        """Tell the global ids of samples of one source, ``(n,)``, from their indices in it."""
-        return indices + int(self._offsets[arm])
+    def ids_of(self, arms: Tensor | int, indices: Tensor) -> Tensor:
+        """Tell the global ids of samples, ``(n,)``, from their source and their index in it.
+
+        Args:
+            arms: ``(n,)`` sources, or one for all.
+            indices: ``(n,)`` indices within the sources.
+        """
+        return indices + torch.from_numpy(self._offsets)[arms]
 
     def draw(self, arm: int, count: int, purpose: str, *numbers: int) -> Tensor:
         """Draw free samples of one source, uniformly and without replacement.

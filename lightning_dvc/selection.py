@@ -251,6 +251,32 @@ class SelectionRecord:
         # What was taken back is never drawn again, so each added sample is a new one.
         self.n_ever_selected += n_added
 
+    @staticmethod
+    def of(selection: Selection, pools: Pools) -> "SelectionRecord":
+        """Rebuild the record behind a saved selection.
+
+        Args:
+            selection: The table.
+            pools: The sources that it was made from.
+
+        Raises:
+            StateError: If it names a source or a sample that the pools do not have, or one twice.
+        """
+        record = SelectionRecord()
+        record.ids = _ids(selection.source, selection.index, pools)
+        if len(set(record.ids.tolist())) < len(record):
+            raise StateError("the saved selection names a sample twice; load an unchanged file")
+        record._rounds = selection.round
+        record._why = torch.cat([selection.value[:, None], selection.raw, selection.weights], dim=1)
+        entries = selection.set_aside
+        indices = torch.tensor([entry.index for entry in entries], dtype=torch.int64)
+        bad_ids = _ids([entry.source for entry in entries], indices, pools)
+        record.bad = [
+            BadSample(i, e.reason) for i, e in zip(bad_ids.tolist(), entries, strict=True)
+        ]
+        record.n_ever_selected = selection.n_ever_selected
+        return record
+
     def remove(self, ids: Tensor) -> None:
         """Take samples back: their rows leave the table.
 
@@ -300,3 +326,24 @@ class SelectionRecord:
         self.ids, self._rounds, self._why = state["ids"], state["rounds"], state["why"]
         self.bad = [BadSample(int(i), str(reason)) for i, reason in state["bad"]]
         self.n_ever_selected = int(state["n_ever_selected"])
+
+
+def _ids(names: Sequence[str], indices: Tensor, pools: Pools) -> Tensor:
+    """Global ids of samples told by source and index."""
+    arms = {name: arm for arm, name in enumerate(pools.names)}
+    unknown = sorted(set(names) - arms.keys())
+    if unknown:
+        raise StateError(
+            f"the saved selection has samples of the sources {unknown}, but these are "
+            f"{pools.names}; give the sources that it was made from"
+        )
+    which = torch.tensor([arms[name] for name in names], dtype=torch.int64)
+    sizes = torch.tensor(pools.sizes)[which]
+    outside = torch.nonzero((indices < 0) | (indices >= sizes)).flatten()
+    if len(outside):
+        first = int(outside[0])
+        raise StateError(
+            f"the saved selection has sample {int(indices[first])} of source {names[first]!r}, "
+            f"which holds {int(sizes[first])}; give the sources that it was made from"
+        )
+    return pools.ids_of(which, indices)

@@ -80,6 +80,11 @@ class Probe:
         self._seen_good = False
 
     @property
+    def device(self) -> torch.device:
+        """Where the captured layers live."""
+        return next(p for layer in self._found.values() for p in layer.parameters()).device
+
+    @property
     def captured_layers(self) -> dict[str, nn.Module]:
         """Layers that the forward pass reaches, in its order; known after the first batch."""
         return {name: self._found[name] for name in self._order}

@@ -56,7 +56,7 @@ class Snapshots:
         data = {name: tensor.data for name, tensor in present.items()}
         try:
             for name, state in self._states[age].items():
-                present[name].data = state
+                present[name].data = state.to(present[name].device)
             yield
         finally:
             for name, tensor in present.items():
@@ -88,8 +88,7 @@ class Snapshots:
         """The states, latest first."""
         return {"states": [dict(state) for state in self._states]}
 
-    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Restore the states onto the model's device."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the states; a shorter window keeps the latest."""
         self._states.clear()
-        for entry in state["states"]:
-            self._states.append({name: tensor.to(device) for name, tensor in entry.items()})
+        self._states.extend(dict(entry) for entry in state["states"][: self._states.maxlen])

@@ -1,1 +1,1 @@
-"""What is remembered between rounds: gradient cache, LSH index, statistics, loss history."""
+"""What is remembered between rounds: gradient cache, LSH index, statistics, sample history."""

@@ -119,6 +119,10 @@ class GradientCache:
             self._marks.extend([now + drift] if self._marks else [now, drift])
             self._expire()
 
+    def accepts(self, fields: Mapping[str, Tensor]) -> bool:
+        """Whether :meth:`put` would take these fields: anything at first, then only their like."""
+        return not self._layout or _shapes(fields) == _shapes(self._layout)
+
     def put(self, ids: Tensor, fields: Mapping[str, Tensor]) -> None:
         """Write entries as of the present model, dropping the least recently used where it is full.
 
@@ -249,6 +253,10 @@ def _check(n: int, layout: Mapping[str, Tensor], fields: Mapping[str, Tensor]) -
             f"the gradient cache expected, for {n} ids, the fields {expected or 'of a sample'}, "
             f"but got {got}; put the same fields each time, or clear() it first"
         )
+
+
+def _shapes(fields: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (value.shape[1:], value.dtype) for name, value in fields.items()}
 
 
 def _row_bytes(value: Tensor, dtype: torch.dtype) -> int:

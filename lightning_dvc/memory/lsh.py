@@ -90,36 +90,47 @@ def hamming(codes_a: Tensor, codes_b: Tensor) -> Tensor:
     return differing
 
 
-def near_duplicates(codes: Tensor, known: Tensor, total_bits: int, max_angle: float) -> Tensor:
-    """Find vectors that point almost the same way as a known one.
+def near_duplicate_pairs(codes: Tensor, known: Tensor, total_bits: int, max_angle: float) -> Tensor:
+    """Find pairs of vectors that point almost the same way.
 
-    The angle is read off the codes, ``pi * differing / total_bits``; for a true angle ``a`` its
-    standard deviation is ``sqrt(a (pi - a) / total_bits)``.
+    Only pairs that share a bucket, the whole code of at least one table, are looked at, and their
+    angle is read off all bits: ``pi * differing / total_bits``, which for a true angle ``a`` has
+    the standard deviation ``sqrt(a (pi - a) / total_bits)``. A pair at that angle is looked at with
+    probability ``1 - (1 - (1 - a / pi)^bits)^tables``.
 
     Args:
         codes: ``(n, tables)`` codes of the vectors in question.
-        known: ``(m, tables)`` codes of the known ones, also with ``m = 0``.
+        known: ``(m, tables)`` codes of others, also with ``m = 0``.
         total_bits: ``tables * bits`` of the hyperplanes.
         max_angle: Largest angle of a near-duplicate, radians in ``[0, pi]``.
 
     Returns:
-        ``(n,)`` bool. Memory stays bounded for any ``n``.
+        ``(p, 2)`` int64 positions in ``codes`` and in ``known``, each pair once, sorted.
 
     Raises:
         ConfigurationError: If the angle is out of range.
 
     Example:
-        >>> near_duplicates(torch.tensor([[0b1110], [0b0001]]), torch.tensor([[0b1111]]), 4, 0.8)
-        tensor([ True, False])
+        >>> codes, known = torch.tensor([[0b11, 0b01], [0b00, 0b00]]), torch.tensor([[0b11, 0b00]])
+        >>> near_duplicate_pairs(codes, known, total_bits=4, max_angle=0.8)
+        tensor([[0, 0]])
     """
     if not 0 <= max_angle <= math.pi:
         raise ConfigurationError(f"max_angle must be in [0, pi] radians, but got {max_angle}")
     # Compared as whole bits; the margin keeps an angle of exactly k bits from rounding to k - 1.
     limit = math.floor(max_angle / math.pi * total_bits + 1e-9)
-    found = torch.zeros(len(codes), dtype=torch.bool, device=codes.device)
-    for rows in _row_chunks(len(codes), len(known)):
-        found[rows] = (hamming(codes[rows], known) <= limit).any(1)
-    return found
+    ordered, order = known.T.contiguous().sort(dim=1)
+    found = [torch.empty(0, 2, dtype=torch.int64, device=codes.device)]
+    for table, position, place in _bucket_mates(ordered, codes, _PAIR_CHUNK // codes.shape[1]):
+        other = order[table, place]
+        differing = codes[position] ^ known[other]
+        # A pair counts in the first table in which it meets.
+        first = (differing == 0).byte().argmax(1) == table
+        near = first & (_ones(differing).sum(1) <= limit)
+        found.append(torch.stack([position[near], other[near]], dim=1))
+    pairs = torch.cat(found)
+    by_place = pairs[:, 0] * max(len(known), 1) + pairs[:, 1]
+    return pairs[by_place.argsort()]
 
 
 class Density(Protocol):
@@ -263,7 +274,9 @@ class LSHDensity:
         directions, norms = _polar(x)
         largest = x.new_full((len(x),), -torch.inf)
         total = x.new_zeros(len(x))
-        for query, point in self._collisions(self._planes.codes(x)):
+        chunk = _PAIR_CHUNK // self._directions.shape[1]
+        for table, query, place in _bucket_mates(self._sorted, self._planes.codes(x), chunk):
+            point = self._order[table, place]
             terms = self._log_terms(directions[query], norms[query], point)
             # A running logsumexp for each query: far terms must not underflow one by one.
             raised = largest.scatter_reduce(0, query, terms, "amax")
@@ -272,21 +285,6 @@ class LSHDensity:
             shifted = torch.where(terms > -torch.inf, (terms - largest[query]).exp(), 0.0)
             total.index_add_(0, query, shifted)
         return largest + total.log() - math.log(len(self._norms) * self._planes.tables)
-
-    def _collisions(self, codes: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield all pairs (query, point) that share a bucket, once for each table, in chunks."""
-        wanted = codes.T.contiguous()
-        first = torch.searchsorted(self._sorted, wanted).flatten()
-        counts = torch.searchsorted(self._sorted, wanted, right=True).flatten() - first
-        ends = counts.cumsum(0)
-        pairs = int(ends[-1]) if len(ends) else 0
-        size = max(1, _PAIR_CHUNK // self._directions.shape[1])
-        for start in range(0, pairs, size):
-            pair = torch.arange(start, min(start + size, pairs), device=codes.device)
-            bucket = torch.searchsorted(ends, pair, right=True)  # table * n + query
-            table, query = bucket // len(codes), bucket % len(codes)
-            place = first[bucket] + pair - (ends - counts)[bucket]
-            yield query, self._order[table, place]
 
     def _log_terms(self, directions: Tensor, norms: Tensor, point: Tensor) -> Tensor:
         """``log(k / p)`` of pairs, from the chord between their directions.
@@ -340,6 +338,25 @@ def median_bandwidth_squared(
         return torch.finfo(torch.float32).tiny
     median = squared.quantile(0.5) or squared[squared > 0].quantile(0.5)
     return max(float(median) / 4, torch.finfo(torch.float32).tiny)
+
+
+def _bucket_mates(
+    ordered: Tensor, codes: Tensor, chunk: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield table, row of ``(n, tables)`` codes and place in ``(tables, m)`` sorted ones of pairs.
+
+    All pairs that share a bucket, once for each table, in chunks of bounded size.
+    """
+    wanted = codes.T.contiguous()
+    first = torch.searchsorted(ordered, wanted).flatten()
+    counts = torch.searchsorted(ordered, wanted, right=True).flatten() - first
+    ends = counts.cumsum(0)
+    pairs = int(ends[-1]) if len(ends) else 0
+    for start in range(0, pairs, max(1, chunk)):
+        pair = torch.arange(start, min(start + max(1, chunk), pairs), device=codes.device)
+        bucket = torch.searchsorted(ends, pair, right=True)  # table * n + row
+        place = first[bucket] + pair - (ends - counts)[bucket]
+        yield bucket // len(codes), bucket % len(codes), place
 
 
 def _real(x: Tensor) -> Tensor:

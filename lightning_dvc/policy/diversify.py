@@ -5,7 +5,6 @@ where it nearly repeats a sample that is selected already.
 """
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -13,7 +12,6 @@ import torch
 from torch import Tensor
 
 from lightning_dvc.errors import ConfigurationError
-from lightning_dvc.memory.lsh import hamming
 
 Rule = Literal["arm", "class", "duplicate"]
 
@@ -49,12 +47,14 @@ def diversify(
     *,
     quota: int,
     arm_ceiling: Tensor,
+    arm_floor: Tensor | None = None,
     class_ceiling: Tensor | None = None,
     duplicate_of_known: Tensor | None = None,
-    codes: Tensor | None = None,
-    max_differing_bits: int = 0,
+    duplicate_pairs: Tensor | None = None,
 ) -> Diversified:
     """Choose up to ``quota`` candidates, best first, under the diversification rules.
+
+    The floors of the sources are served first, each source by its own best.
 
     If the candidates run out before the quota is met, the class ceiling is dropped, then the rule
     against near-duplicates, and what was passed over gets another chance in the same order, so that
@@ -67,12 +67,13 @@ def diversify(
         labels: ``(n,)`` classes; no ceiling holds for -1 (no class) or a class beyond the ceilings.
         quota: The most to choose, at least 0.
         arm_ceiling: ``(K,)`` the most to choose from each source.
+        arm_floor: ``(K,)`` the least to choose from each source while it has candidates and the
+            quota lasts. None: no floors.
         class_ceiling: ``(C,)`` the most to choose from each class. None: no such rule.
         duplicate_of_known: ``(n,)`` bool, which candidates nearly repeat a selected sample. None:
             none does.
-        codes: ``(n, tables)`` packed LSH codes, by which candidates are compared with each other.
-            None: they are not compared.
-        max_differing_bits: Codes that differ in at most so many bits count as near-duplicates.
+        duplicate_pairs: ``(p, 2)`` positions of candidates that nearly repeat each other. None:
+            none do.
 
     Returns:
         The chosen positions and what the rules did.
@@ -89,20 +90,18 @@ def diversify(
         >>> chosen.positions, chosen.passed_over
         (tensor([0, 2]), {'arm': 0, 'class': 1, 'duplicate': 0})
     """
-    _check(values, quota, ids=ids, arms=arms, labels=labels, known=duplicate_of_known, codes=codes)
+    _check(values, quota, ids=ids, arms=arms, labels=labels, known=duplicate_of_known)
     by_id = torch.argsort(ids, stable=True)
     order = by_id[torch.argsort(values[by_id], descending=True, stable=True)]
-
-    def resembling(position: int) -> list[int]:
-        if codes is None:
-            return []
-        near = hamming(codes[position, None], codes)[0] <= max_differing_bits
-        return [int(other) for other in torch.nonzero(near)]
-
+    resembling: dict[int, list[int]] = {}
+    for one, other in [] if duplicate_pairs is None else duplicate_pairs.tolist():
+        resembling.setdefault(one, []).append(other)
+        resembling.setdefault(other, []).append(one)
     choice = _Choice(
         arms=arms.tolist(),
         labels=labels.tolist(),
         arm_room=arm_ceiling.tolist(),
+        arm_floor=[0] * len(arm_ceiling) if arm_floor is None else arm_floor.tolist(),
         class_room=None if class_ceiling is None else class_ceiling.tolist(),
         duplicate=[False] * len(ids) if duplicate_of_known is None else duplicate_of_known.tolist(),
         resembling=resembling,
@@ -167,12 +166,14 @@ class _Choice:
         arms: list[int],
         labels: list[int],
         arm_room: list[int],
+        arm_floor: list[int],
         class_room: list[int] | None,
         duplicate: list[bool],
-        resembling: Callable[[int], list[int]],
+        resembling: dict[int, list[int]],
     ) -> None:
         self.arms, self.labels = arms, labels
         self.arm_room = arm_room
+        self.arm_floor = arm_floor
         self.class_room = class_room or []
         self.duplicate = duplicate
         self.resembling = resembling
@@ -181,11 +182,16 @@ class _Choice:
     def run(self, order: list[int], quota: int) -> Diversified:
         reasons: dict[int, Rule] = {}
         waiting = order
-        for rules in _STAGES:
+        floors_first = [(rules, floor) for floor in (True, False) for rules in _STAGES]
+        for rules, floor in floors_first[0 if any(self.arm_floor) else len(_STAGES) :]:
             left: list[int] = []
-            for position in waiting:
+            for place, position in enumerate(waiting):
                 if len(self.chosen) == quota:
+                    left += waiting[place:]
                     break
+                if floor and self.arm_floor[self.arms[position]] <= 0:
+                    left.append(position)
+                    continue
                 broken = self.broken(position, rules)
                 if broken is None:
                     self.take(position)
@@ -215,9 +221,10 @@ class _Choice:
     def take(self, position: int) -> None:
         self.chosen.append(position)
         self.arm_room[self.arms[position]] -= 1
+        self.arm_floor[self.arms[position]] -= 1
         if 0 <= self.labels[position] < len(self.class_room):
             self.class_room[self.labels[position]] -= 1
-        for other in self.resembling(position):
+        for other in self.resembling.get(position, []):
             self.duplicate[other] = True
 
 

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor
@@ -23,10 +23,15 @@ _RAW_STARTS: Final = 256
 class WeightPolicy(Protocol):
     """What weighs the metrics of a round, and learns from the validation scores that follow.
 
+    Attributes:
+        learns_from_score: Whether it needs the validation score.
+
     Example:
         >>> policy: WeightPolicy = FixedWeights()
         >>> policy.tell(policy.ask(progress=0.0), progress=0.0, score=0.7)
     """
+
+    learns_from_score: bool
 
     def ask(self, progress: float) -> Tensor:
         """Weights to use next.
@@ -45,7 +50,7 @@ class WeightPolicy(Protocol):
         Args:
             weights: ``(6,)`` weights that were in use.
             progress: Share of the training that was done, in ``[0, 1]``.
-            score: The validation score.
+            score: The validation score, the greater the better.
         """
         ...
 
@@ -73,6 +78,8 @@ class FixedWeights:
         >>> FixedWeights({"relevance": 3, "quality": 1}).ask(progress=0.5).tolist()
         [0.25, 0.75, 0.0, 0.0, 0.0, 0.0]
     """
+
+    learns_from_score = False
 
     def __init__(self, weights: Mapping[str, float] | Sequence[float] | None = None) -> None:
         self._weights = _normalised(weights)
@@ -109,7 +116,6 @@ class BayesianWeights:
         max_observations: How many observations to keep, at least ``initial``: the most recent,
             since they are the closest in progress to what is asked next. An answer takes time that
             grows with their number; about a second at 64.
-        mode: Whether a greater (``"max"``) or a smaller (``"min"``) score is better.
 
     Raises:
         ConfigurationError: If an argument is out of its range.
@@ -124,23 +130,18 @@ class BayesianWeights:
         1.0
     """
 
-    def __init__(
-        self,
-        seed: int = 0,
-        initial: int = 6,
-        max_observations: int = 64,
-        mode: Literal["max", "min"] = "max",
-    ) -> None:
-        if not (seed >= 0 and 2 <= initial <= max_observations) or mode not in ("max", "min"):
+    learns_from_score = True
+
+    def __init__(self, seed: int = 0, initial: int = 6, max_observations: int = 64) -> None:
+        if not (seed >= 0 and 2 <= initial <= max_observations):
             raise ConfigurationError(
-                "expected seed >= 0, 2 <= initial <= max_observations and mode 'max' or 'min', but "
-                f"got seed={seed}, initial={initial}, max_observations={max_observations} and "
-                f"mode={mode!r}; change the one that is out of range"
+                "expected seed >= 0 and 2 <= initial <= max_observations, but got "
+                f"seed={seed}, initial={initial} and max_observations={max_observations}; change "
+                "the one that is out of range"
             )
         self.seed = seed
         self.initial = initial
         self.max_observations = max_observations
-        self.mode = mode
         self._asks = 0
         # Plain numbers, because a tensor made during validation may be an inference tensor, which
         # cannot be trained on. One row: six weights, progress, score.
@@ -227,9 +228,8 @@ class BayesianWeights:
             weights, past, scores = observed[:, :-2], observed[:, -2:-1], observed[:, -1:]
             starts = _spread(self.seed, f"starts {number}", 0, _RAW_STARTS)
             word = int(stream(self.seed, "fit", number).integers(2**62))
-            sign = 1.0 if self.mode == "max" else -1.0
             try:
-                return propose(weights, past, sign * scores, progress, starts, word)
+                return propose(weights, past, scores, progress, starts, word)
             except FitError as error:
                 _LOGGER.info("Weights are drawn from the simplex this time: %s", error)
                 return None

@@ -1,1 +1,1 @@
-"""Ways of choosing, all behind one small protocol."""
+"""Ways of choosing, all behind one protocol."""

@@ -14,7 +14,7 @@ from lightning_dvc.memory.lsh import (
     RandomHyperplanes,
     hamming,
     median_bandwidth_squared,
-    near_duplicates,
+    near_duplicate_pairs,
 )
 from lightning_dvc.randomness import torch_stream
 
@@ -89,32 +89,38 @@ def test_the_share_of_differing_bits_estimates_the_angle():
     assert (error.abs() <= 5 * deviation + 1e-3).all()
 
 
-@settings(deadline=None, max_examples=100)
-@given(st.data(), st.integers(0, 64), st.integers(1, 7))
-def test_near_duplicates_compares_with_every_known_code(data, limit, chunk):
-    words = st.lists(st.integers(0, 2**32 - 1), max_size=6)
-    pairs = [data.draw(words), data.draw(words)]
-    a, b = ([[w, w ^ 5] for w in rows] for rows in pairs)
+@settings(deadline=None, max_examples=200)
+@given(st.data(), st.integers(0, 8), st.integers(1, 7))
+def test_near_duplicate_pairs_are_those_that_share_a_bucket_and_differ_little(data, limit, chunk):
+    words = st.lists(st.tuples(*[st.integers(0, 7)] * 3), max_size=6)
+    a, b = data.draw(words), data.draw(words)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lsh, "_CHUNK", chunk)
-        found = near_duplicates(codes_of(a, 2), codes_of(b, 2), 64, math.pi * limit / 64)
-    expected = [any(2 * (p[0] ^ q[0]).bit_count() <= limit for q in b) for p in a]
+        patch.setattr(lsh, "_PAIR_CHUNK", 3 * chunk)
+        codes = [torch.tensor(rows, dtype=torch.int64).reshape(-1, 3) for rows in (a, b)]
+        found = near_duplicate_pairs(*codes, 9, math.pi * limit / 9)
+    expected = [
+        [i, j]
+        for i, p in enumerate(a)
+        for j, q in enumerate(b)
+        if any(x == y for x, y in zip(p, q, strict=True))
+        and sum((x ^ y).bit_count() for x, y in zip(p, q, strict=True)) <= limit
+    ]
     assert found.tolist() == expected
 
 
-def test_near_duplicates_finds_planted_ones():
+def test_near_duplicates_are_found_and_others_are_not():
     known = normal(50, 16)
     copies = known[:10] + 0.01 * normal(10, 16, seed=1)
-    planes = RandomHyperplanes(16, tables=8, bits=62, seed=0)
+    planes = RandomHyperplanes(16, tables=16, bits=16, seed=0)
     codes = planes.codes(torch.cat([copies, normal(10, 16, seed=2)]))
-    found = near_duplicates(codes, planes.codes(known), 8 * 62, max_angle=0.1)
-    assert found.tolist() == [True] * 10 + [False] * 10
+    found = near_duplicate_pairs(codes, planes.codes(known), 16 * 16, max_angle=0.1)
+    assert found.tolist() == [[i, i] for i in range(10)]
 
 
 @pytest.mark.parametrize("angle", [-0.1, 3.2, float("nan")])
-def test_near_duplicates_refuses_an_angle_out_of_range(angle):
+def test_near_duplicates_refuse_an_angle_out_of_range(angle):
     with pytest.raises(ConfigurationError, match="radians"):
-        near_duplicates(codes_of([[1]], 1), codes_of([[1]], 1), 8, angle)
+        near_duplicate_pairs(codes_of([[1]], 1), codes_of([[1]], 1), 8, angle)
 
 
 @settings(deadline=None, max_examples=50)

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -16,10 +17,7 @@ def choose_by_hand(p):
     chosen = []
 
     def near(i, j):
-        return (
-            sum((int(a) ^ int(b)).bit_count() for a, b in zip(p.codes[i], p.codes[j], strict=True))
-            <= p.bits
-        )
+        return [i, j] in p.pairs or [j, i] in p.pairs
 
     def allowed(i, class_rule, duplicate_rule):
         if sum(p.arms[c] == p.arms[i] for c in chosen) >= p.arm_ceiling[p.arms[i]]:
@@ -30,12 +28,18 @@ def choose_by_hand(p):
             return False
         return not (duplicate_rule and (p.known[i] or any(near(i, c) for c in chosen)))
 
-    for class_rule, duplicate_rule in [(True, True), (False, True), (False, False)]:
+    def below_floor(i):
+        return sum(p.arms[c] == p.arms[i] for c in chosen) < p.arm_floor[p.arms[i]]
+
+    stages = [(True, True), (False, True), (False, False)]
+    for floor, (class_rule, duplicate_rule) in itertools.product([True, False], stages):
         while len(chosen) < p.quota:
             free = [
                 i
                 for i in range(len(p.values))
-                if i not in chosen and allowed(i, class_rule, duplicate_rule)
+                if i not in chosen
+                and allowed(i, class_rule, duplicate_rule)
+                and (below_floor(i) or not floor)
             ]
             if not free:
                 break
@@ -55,10 +59,11 @@ class Problem:
         self.arms = rows(st.integers(0, N_ARMS - 1))
         self.labels = rows(st.integers(-1, N_CLASSES))
         self.known = rows(st.booleans())
-        self.codes = rows(st.tuples(st.integers(0, 7), st.integers(0, 7)))
-        self.bits = draw(st.integers(0, 2))
+        position = st.integers(0, max(n - 1, 0))
+        self.pairs = draw(st.lists(st.lists(position, min_size=2, max_size=2), max_size=6 * (n > 0)))
         self.quota = draw(st.integers(0, 14))
         self.arm_ceiling = draw(st.tuples(*[st.integers(0, 9)] * N_ARMS))
+        self.arm_floor = draw(st.tuples(*[st.integers(0, 3)] * N_ARMS))
         self.class_ceiling = draw(st.tuples(*[st.integers(0, 5)] * N_CLASSES))
 
     def run(self):
@@ -71,8 +76,8 @@ class Problem:
             arm_ceiling=torch.tensor(self.arm_ceiling),
             class_ceiling=torch.tensor(self.class_ceiling),
             duplicate_of_known=torch.tensor(self.known, dtype=torch.bool),
-            codes=torch.tensor(self.codes, dtype=torch.int64).reshape(-1, 2),
-            max_differing_bits=self.bits,
+            arm_floor=torch.tensor(self.arm_floor),
+            duplicate_pairs=torch.tensor(self.pairs, dtype=torch.int64).reshape(-1, 2),
         )
 
 
@@ -131,11 +136,24 @@ def test_class_ceiling_gives_way_before_near_duplicates():
 
 
 def test_near_duplicates_among_the_candidates():
-    codes = torch.tensor([[0b1100], [0b1101], [0b0011], [0b0010]])
-    assert choose(
-        [0.6, 0.7, 0.8, 0.9], codes=codes, max_differing_bits=1, quota=2
-    ).positions.tolist() == [3, 1]
-    assert choose([0.6, 0.7, 0.8, 0.9], codes=codes, quota=2).positions.tolist() == [3, 2]
+    pairs = torch.tensor([[0, 1], [2, 3]])
+    values = [0.6, 0.7, 0.8, 0.9]
+    assert choose(values, duplicate_pairs=pairs, quota=2).positions.tolist() == [3, 1]
+    assert choose(values, quota=2).positions.tolist() == [3, 2]
+
+
+def test_floors_are_served_first_and_by_the_best():
+    arms = torch.tensor([0, 0, 1, 1])
+    result = diversify(
+        torch.tensor([0.9, 0.8, 0.1, 0.2]),
+        FOUR,
+        arms,
+        torch.full((4,), -1),
+        quota=2,
+        arm_ceiling=torch.tensor([2, 2]),
+        arm_floor=torch.tensor([0, 1]),
+    )
+    assert result.positions.tolist() == [3, 0]
 
 
 def test_no_candidates():

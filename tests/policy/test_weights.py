@@ -26,15 +26,15 @@ def response(weights, progress, generator):
     return 0.5 + 0.4 * (1 - math.exp(-4 * progress)) - 0.3 * distance(weights) + noise
 
 
-def distances(seed, asks, mode="max"):
+def distances(seed, asks):
     """Squared distance from the best weights of each ask."""
-    policy = BayesianWeights(seed=seed, mode=mode)
+    policy = BayesianWeights(seed=seed)
     generator = torch.Generator().manual_seed(seed)
     asked = []
     for i in range(asks):
         weights = policy.ask(i / asks)
         score = response(weights, i / asks, generator)
-        policy.tell(weights, i / asks, score if mode == "max" else -score)
+        policy.tell(weights, i / asks, score)
         asked.append(distance(weights))
     return asked
 
@@ -296,7 +296,7 @@ def test_weights_off_the_simplex_are_refused(weights):
 
 
 @pytest.mark.parametrize(
-    "bad", [{"seed": -1}, {"initial": 1}, {"max_observations": 5}, {"mode": "best"}]
+    "bad", [{"seed": -1}, {"initial": 1}, {"max_observations": 5}]
 )
 def test_bad_settings_are_refused(bad):
     with pytest.raises(ConfigurationError, match=next(iter(bad))):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_dvc.errors import ConfigurationError, StateError
-from lightning_dvc.memory.loss_history import LossHistory
+from lightning_dvc.memory.history import SampleHistory
 
 
 def tensor(ids):
@@ -54,7 +54,7 @@ STEP = st.tuples(
 @settings(deadline=None, max_examples=200)
 @given(st.integers(1, 4), st.integers(1, 12), st.lists(STEP, max_size=20))
 def test_behaves_like_a_dictionary_also_across_a_reload(window, capacity, steps):
-    history, model, state = LossHistory(window, capacity), Model(window, capacity), 0
+    history, model, state = SampleHistory(window, capacity), Model(window, capacity), 0
     for number, (what, ids, passed, columns) in enumerate(steps):
         state += passed
         columns = min(columns, window, state + 1)
@@ -68,7 +68,7 @@ def test_behaves_like_a_dictionary_also_across_a_reload(window, capacity, steps)
                 model.held.pop(i, None)
         else:
             saved = saved_and_loaded(history.state_dict())
-            history = LossHistory(window, capacity)
+            history = SampleHistory(window, capacity)
             history.load_state_dict(saved)
         assert len(history) == len(model.held)
         for seen_from in (state, state + 1):
@@ -82,11 +82,11 @@ def test_behaves_like_a_dictionary_also_across_a_reload(window, capacity, steps)
 
 
 def test_state_round_trip_is_exact():
-    history = LossHistory(window=3, capacity=4)
+    history = SampleHistory(window=3, capacity=4)
     history.record(torch.arange(6), torch.rand(6, generator=torch.Generator()), state=2)
     history.record(tensor([3]), torch.tensor([[1.0, 2.0]]), state=4)
     state = saved_and_loaded(history.state_dict())
-    again = LossHistory(window=3, capacity=4)
+    again = SampleHistory(window=3, capacity=4)
     again.load_state_dict(state)
     for name, value in again.state_dict().items():
         torch.testing.assert_close(value, state[name], rtol=0, atol=0, equal_nan=True)
@@ -95,14 +95,14 @@ def test_state_round_trip_is_exact():
 
 
 def test_the_same_state_again_overwrites_and_the_last_of_two_rows_counts():
-    history = LossHistory(window=2, capacity=4)
+    history = SampleHistory(window=2, capacity=4)
     history.record(tensor([7]), torch.tensor([1.0]), state=0)
     history.record(tensor([7, 7]), torch.tensor([2.0, 3.0]), state=0)
     assert history.recent(tensor([7, 7]), state=0)[:, 0].tolist() == [3.0, 3.0]
 
 
 def test_a_reused_row_shows_nothing_of_its_former_sample():
-    history = LossHistory(window=2, capacity=1)
+    history = SampleHistory(window=2, capacity=1)
     history.record(tensor([1]), torch.tensor([1.0]), state=0)
     history.record(tensor([2]), torch.tensor([2.0]), state=1)
     recent = history.recent(tensor([2, 1]), state=1)
@@ -112,7 +112,7 @@ def test_a_reused_row_shows_nothing_of_its_former_sample():
 
 
 def test_more_samples_than_capacity_keep_the_last():
-    history = LossHistory(window=1, capacity=2)
+    history = SampleHistory(window=1, capacity=2)
     history.record(torch.arange(4), torch.arange(4.0), state=0)
     assert history.recent(torch.arange(4), 0).flatten().isnan().tolist() == [
         True,
@@ -123,10 +123,10 @@ def test_more_samples_than_capacity_keep_the_last():
 
 
 def test_a_smaller_capacity_loads_the_samples_recorded_last():
-    history = LossHistory(window=1, capacity=4)
+    history = SampleHistory(window=1, capacity=4)
     history.record(torch.arange(4), torch.arange(4.0), state=0)
     history.record(tensor([0]), torch.tensor([9.0]), state=0)
-    small = LossHistory(window=1, capacity=2)
+    small = SampleHistory(window=1, capacity=2)
     small.load_state_dict(history.state_dict())
     assert small.recent(tensor([0, 3]), 0).flatten().tolist() == [9.0, 3.0]
     assert len(small) == 2
@@ -135,11 +135,11 @@ def test_a_smaller_capacity_loads_the_samples_recorded_last():
 @pytest.mark.parametrize("shape", [(), (3,), (2, 0), (2, 4), (2, 1, 1)])
 def test_refuses_values_of_another_shape(shape):
     with pytest.raises(ConfigurationError, match="one row for each id"):
-        LossHistory(window=3, capacity=4).record(tensor([0, 1]), torch.ones(shape), state=5)
+        SampleHistory(window=3, capacity=4).record(tensor([0, 1]), torch.ones(shape), state=5)
 
 
 def test_refuses_states_before_the_first_or_out_of_order():
-    history = LossHistory(window=3, capacity=4)
+    history = SampleHistory(window=3, capacity=4)
     with pytest.raises(ConfigurationError, match="2 columns ending at state 0"):
         history.record(tensor([0]), torch.ones(1, 2), state=0)
     history.record(tensor([0]), torch.ones(1), state=5)
@@ -150,9 +150,9 @@ def test_refuses_states_before_the_first_or_out_of_order():
 @pytest.mark.parametrize(("window", "capacity"), [(0, 1), (1, 0)])
 def test_refuses_sizes_below_one(window, capacity):
     with pytest.raises(ConfigurationError, match="at least 1"):
-        LossHistory(window, capacity)
+        SampleHistory(window, capacity)
 
 
 def test_refuses_a_state_of_another_window():
     with pytest.raises(StateError, match="window of 2"):
-        LossHistory(3, 4).load_state_dict(LossHistory(2, 4).state_dict())
+        SampleHistory(3, 4).load_state_dict(SampleHistory(2, 4).state_dict())

@@ -1,4 +1,4 @@
-"""The losses of samples under the last few states of the model."""
+"""What was seen of samples under the last few states of the model."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from lightning_dvc.errors import ConfigurationError, StateError
 from lightning_dvc.memory.rows import RowIndex, last_occurrences
 
 
-class LossHistory:
+class SampleHistory:
     """For each sample the values of those of the last ``window`` model states that saw it.
 
     States are numbered 0, 1, 2, ... as the model learns. A row is a ring, the value for state ``s``
@@ -26,7 +26,7 @@ class LossHistory:
         ConfigurationError: If one of them is less than 1.
 
     Example:
-        >>> history = LossHistory(window=3, capacity=100)
+        >>> history = SampleHistory(window=3, capacity=100)
         >>> ids = torch.tensor([5, 9])
         >>> history.record(ids, torch.tensor([1.0, 2.0]), state=0)
         >>> history.record(ids[:1], torch.tensor([0.5]), state=1)
@@ -38,7 +38,7 @@ class LossHistory:
     def __init__(self, window: int, capacity: int) -> None:
         if window < 1 or capacity < 1:
             raise ConfigurationError(
-                "window and capacity of the loss history must be at least 1, but got "
+                "window and capacity of the sample history must be at least 1, but got "
                 f"{window} and {capacity}"
             )
         self.window = window
@@ -52,11 +52,11 @@ class LossHistory:
         return len(self._rows)
 
     def record(self, ids: Tensor, values: Tensor, state: int) -> None:
-        """Remember losses; a value recorded before for the same sample and state is replaced.
+        """Remember values; a value recorded before for the same sample and state is replaced.
 
         Args:
             ids: ``(n,)`` int64 sample ids; of several rows for one id the last counts.
-            values: ``(n,)`` losses under ``state``, or ``(n, c)`` with ``c <= window`` columns for
+            values: ``(n,)`` values under ``state``, or ``(n, c)`` with ``c <= window`` columns for
                 the states ``state, state - 1, ..., state - c + 1``; NaN where unknown.
             state: Number of the newest of these states, never less than in an earlier call.
 
@@ -78,7 +78,7 @@ class LossHistory:
         self._states[slots, states % self.window] = states
 
     def recent(self, ids: Tensor, state: int) -> Tensor:
-        """Read the losses under the last ``window`` states; reading does not count as use.
+        """Read the values under the last ``window`` states; reading does not count as use.
 
         Args:
             ids: ``(n,)`` int64 sample ids, possibly repeated.
@@ -116,7 +116,7 @@ class LossHistory:
         """
         if state["values"].shape[1] != self.window:
             raise StateError(
-                f"the saved loss history has a window of {state['values'].shape[1]} model states, "
+                f"the saved history has a window of {state['values'].shape[1]} model states, "
                 f"but this one has {self.window}; use the same window to continue"
             )
         self.forget(self._rows.ids())

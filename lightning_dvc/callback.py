@@ -1,0 +1,287 @@
+"""Lightning's hooks turned into rounds of selection."""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, Final, Literal
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from typing_extensions import override
+
+from lightning_dvc import trainer_bridge
+from lightning_dvc.capture.guard import undisturbed
+from lightning_dvc.capture.objective import UserObjective, resolve_objective
+from lightning_dvc.capture.probe import Probe
+from lightning_dvc.datamodule import DVCDataModule
+from lightning_dvc.distributed import Group
+from lightning_dvc.errors import ConfigurationError
+from lightning_dvc.records import METRICS, BadSample, Choice
+from lightning_dvc.strategies.base import Round, Strategy
+from lightning_dvc.strategies.dvc import DVC
+from lightning_dvc.timing import Stopwatch
+
+_TRIAL_SIZE: Final = 32
+
+
+class DVCCallback(Callback):
+    """Selects training samples for a :class:`~lightning_dvc.DVCDataModule` while a model trains.
+
+    A round takes place at the start of an epoch, beginning with the first, and what it selects is
+    trained on in that very epoch. The user's module is looked at as it is, and left as it was.
+
+    Args:
+        strategy: How to choose; :class:`~lightning_dvc.DVC` with its defaults when not given.
+        monitor: Name of the validation metric that the strategy learns from, as logged by the
+            module. Needed by strategies that learn from it only.
+        mode: Whether a greater (``"max"``) or a smaller (``"min"``) value is better.
+        every_n_epochs: Epochs from one round to the next, at least 1.
+        objective: A function ``(module, batch)`` that returns per-sample ``(losses, outputs)`` or
+            ``(losses, outputs, targets)``; needed only for a ``training_step`` whose loss is not
+            made of torch's loss functions, or that optimises manually. A method
+            ``per_sample_loss(batch)`` of the module does the same.
+        layers: Names of the layers to capture, as in ``named_modules()``; every trainable
+            ``Linear`` and ``Conv2d`` when not given.
+        score_batch_size: Samples scored in one pass, at least 1.
+        on_bad_sample: What to do about a sample that cannot be read or whose loss or features are
+            not finite: ``"set_aside"``, or ``"raise"``.
+
+    Raises:
+        ConfigurationError: If a setting is out of range.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(max_epochs=30, callbacks=[DVCCallback()], logger=False)
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy | None = None,
+        *,
+        monitor: str | None = None,
+        mode: Literal["max", "min"] = "max",
+        every_n_epochs: int = 1,
+        objective: UserObjective | None = None,
+        layers: Sequence[str] | None = None,
+        score_batch_size: int = 512,
+        on_bad_sample: Literal["set_aside", "raise"] = "set_aside",
+    ) -> None:
+        for name, value, fits, range_ in (
+            ("mode", mode, mode in ("max", "min"), "'max' or 'min'"),
+            ("every_n_epochs", every_n_epochs, every_n_epochs >= 1, "at least 1"),
+            ("score_batch_size", score_batch_size, score_batch_size >= 1, "at least 1"),
+            (
+                "on_bad_sample",
+                on_bad_sample,
+                on_bad_sample in ("set_aside", "raise"),
+                "'set_aside' or 'raise'",
+            ),
+        ):
+            if not fits:
+                raise ConfigurationError(f"{name} must be {range_}, but is {value!r}; change it")
+        self.strategy: Strategy = strategy or DVC()
+        if self.strategy.learns_from_score and monitor is None:
+            raise ConfigurationError(
+                f"{type(self.strategy).__name__} learns from the validation score, but monitor is "
+                "None; pass monitor='...', the name of a metric that the module logs"
+            )
+        self.monitor = monitor
+        self.mode = mode
+        self.every_n_epochs = every_n_epochs
+        self.objective = objective
+        self.layers = layers
+        self.score_batch_size = score_batch_size
+        self.on_bad_sample = on_bad_sample
+        self.watch = Stopwatch()
+        self.rounds_done = 0
+        self._last_epoch = -1
+        self._n_rounds = 0
+        self._probe: Probe | None = None
+        self._started = 0.0
+        self._warned = False
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse, before anything else happens, what selection cannot work with."""
+        if stage != "fit":
+            return
+        if trainer_bridge.is_overfitting(trainer):
+            raise ConfigurationError(
+                "overfit_batches replaces the sampler that selection needs; leave it at 0, or "
+                "leave DVCCallback out"
+            )
+        self._datamodule(trainer).attach()
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find out how to look at the model: its layers and its per-sample losses."""
+        datamodule = self._datamodule(trainer)
+        if self.strategy.learns_from_score and not trainer.limit_val_batches:
+            raise ConfigurationError(
+                f"{type(self.strategy).__name__} learns from {self.monitor!r}, but "
+                "limit_val_batches=0 switches validation off; leave it on"
+            )
+        self._probe = Probe(
+            pl_module,
+            resolve_objective(pl_module, self.objective),
+            datamodule.loading.collate_fn,
+            prepare=partial(trainer_bridge.to_model, trainer, pl_module),
+            context=partial(trainer_bridge.forward_context, trainer),
+            layers=self.layers,
+            batch_size=self.score_batch_size,
+            num_workers=datamodule.loading.num_workers,
+            on_bad_sample=self.on_bad_sample,
+        )
+        if not self._n_rounds:
+            self._n_rounds = self._rounds_of(trainer, datamodule)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Try the look at the model on a few samples, so that what fails, fails early."""
+        self._started = time.perf_counter()
+        datamodule = self._datamodule(trainer)
+        probe = self._ready_probe
+        with undisturbed(pl_module):
+            probe.capture_all(datamodule.pools.dataset, datamodule.selected_ids[:_TRIAL_SIZE])
+        probe.bad.clear()  # the first round meets them again
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Run a round, if one is due, and train on what it selects from this epoch on."""
+        datamodule = self._datamodule(trainer)
+        epoch = trainer.current_epoch
+        if not self._is_due(datamodule, epoch):
+            return
+        probe = self._ready_probe
+        number = self.rounds_done + 1
+        group = Group(trainer.global_rank, trainer.world_size)
+        this = Round(
+            number=number,
+            n_rounds=self._n_rounds,
+            budget=datamodule.budget,
+            oversample=datamodule.oversample,
+            pools=datamodule.pools,
+            selected=datamodule.selected_ids,
+            probe=probe,
+            reference=datamodule.reference,
+            seed=datamodule.seed,
+            group=group,
+            watch=self.watch,
+        )
+        with undisturbed(pl_module):
+            choice = self.strategy.choose(this)
+        bad = self._take_bad(group)
+        with self.watch.section("apply"):
+            datamodule.apply(choice, number, bad)
+            trainer_bridge.renew_train_batches(trainer)
+        self.rounds_done, self._last_epoch = number, epoch
+        self._warn_of(datamodule, bad)
+        self._log(trainer, datamodule, choice)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Hand the monitored score to the strategy."""
+        if self.monitor is None or (trainer.sanity_checking and not trainer.callback_metrics):
+            return
+        if self.monitor not in trainer.callback_metrics:
+            raise ConfigurationError(
+                f"DVCCallback(monitor={self.monitor!r}) expects a validation metric of that name, "
+                f"but the module logged {sorted(trainer.callback_metrics)}; log it with "
+                f"self.log({self.monitor!r}, ...) in validation_step, or monitor one of these"
+            )
+        if not trainer.sanity_checking:
+            value = trainer.strategy.reduce(
+                trainer.callback_metrics[self.monitor], reduce_op="mean"
+            )
+            self.strategy.observe(float(value) if self.mode == "max" else -float(value))
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """What was learnt, and which round is over, as tensors and plain containers."""
+        return {
+            "strategy": self.strategy.state_dict(),
+            "rounds_done": self.rounds_done,
+            "n_rounds": self._n_rounds,
+            "last_epoch": self._last_epoch,
+            "seconds": dict(self.watch.seconds),
+        }
+
+    @override
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on after the last round of a saved run."""
+        self.strategy.load_state_dict(state_dict["strategy"])
+        self.rounds_done = state_dict["rounds_done"]
+        self._n_rounds = state_dict["n_rounds"]
+        self._last_epoch = state_dict["last_epoch"]
+        self.watch.seconds = dict(state_dict["seconds"])
+
+    @property
+    def _ready_probe(self) -> Probe:
+        assert self._probe is not None, "made in on_fit_start"
+        return self._probe
+
+    def _datamodule(self, trainer: Trainer) -> DVCDataModule:
+        datamodule = trainer_bridge.datamodule_of(trainer)
+        if not isinstance(datamodule, DVCDataModule):
+            raise ConfigurationError(
+                "DVCCallback selects from the sources of a DVCDataModule, but the trainer has "
+                f"{type(datamodule).__name__}; call trainer.fit(model, datamodule=DVCDataModule("
+                "...)), or wrap your own with DVCDataModule.wrap(...)"
+            )
+        return datamodule
+
+    def _rounds_of(self, trainer: Trainer, datamodule: DVCDataModule) -> int:
+        """Rounds that the budget is spread over: not more than the run has epochs for."""
+        epochs = trainer.max_epochs
+        if epochs is None or epochs < 0 or trainer_bridge.is_trial_run(trainer):
+            return datamodule.rounds
+        return min(datamodule.rounds, math.ceil(epochs / self.every_n_epochs))
+
+    def _is_due(self, datamodule: DVCDataModule, epoch: int) -> bool:
+        return (
+            epoch != self._last_epoch
+            and epoch % self.every_n_epochs == 0
+            and self.rounds_done < self._n_rounds
+            and len(datamodule.selected_ids) < datamodule.budget
+        )
+
+    def _take_bad(self, group: Group) -> list[BadSample]:
+        """Samples that could not be scored on any process, each once."""
+        found = [(sample.id, sample.reason) for sample in self._ready_probe.bad]
+        self._ready_probe.bad.clear()
+        everywhere = dict(group.gather_objects(found))
+        return [BadSample(i, reason) for i, reason in sorted(everywhere.items())]
+
+    def _warn_of(self, datamodule: DVCDataModule, bad: list[BadSample]) -> None:
+        if bad and not self._warned:
+            first = datamodule.selection.set_aside[-len(bad)]
+            rank_zero_warn(
+                f"{len(bad)} samples could not be scored and are set aside, for example number "
+                f"{first.index} of source {first.source!r}: {first.reason}. All are listed in "
+                "datamodule.selection.set_aside; later ones are added there without a warning."
+            )
+            self._warned = True
+
+    def _log(self, trainer: Trainer, datamodule: DVCDataModule, choice: Choice) -> None:
+        counts = datamodule.arm_counts()
+        total = max(int(counts.sum()), 1)
+        elapsed = time.perf_counter() - self._started
+        figures: dict[str, float] = {
+            "round": self.rounds_done,
+            "selected": total,
+            "added": len(choice.add),
+            "taken_back": len(choice.remove),
+            "set_aside": datamodule.n_set_aside,
+            "selection_seconds": self.watch.total,
+            "selection_time_share": self.watch.total / max(elapsed, self.watch.total),
+            **choice.figures,
+        }
+        for name, count in zip(datamodule.pools.names, counts.tolist(), strict=True):
+            figures[f"share/{name}"] = count / total
+        for number, metric in enumerate(METRICS):
+            figures[f"weight/{metric}"] = float(choice.weights[number])
+            figures[f"metric/{metric}"] = float(choice.raw[:, number].nanmean())
+        known = {f"dvc/{name}": value for name, value in figures.items() if not math.isnan(value)}
+        for logger in trainer.loggers:
+            logger.log_metrics(known, step=trainer_bridge.steps_so_far(trainer))

@@ -1,0 +1,87 @@
+"""A probe that looks up in a gradient cache before it runs the model (algorithm 2)."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lightning_dvc.capture.gradients import LayerGradients, restore
+from lightning_dvc.capture.probe import Captured, Probe
+from lightning_dvc.capture.snapshots import Snapshots
+from lightning_dvc.memory.gradient_cache import GradientCache
+
+_PLAIN: Final = ("labels", "losses", "confidence", "predictive", "fingerprints")
+
+
+class CachedProbe:
+    """Captures samples, from the cache where it holds them.
+
+    Args:
+        probe: Runs samples through the model.
+        cache: Holds what was captured while the model was about where it is now. Samples whose
+            shapes differ from those it holds, such as sentences of another length, are not cached.
+        window: Model states ``S`` that a sample is known in at most.
+    """
+
+    def __init__(self, probe: Probe, cache: GradientCache, window: int) -> None:
+        self._probe = probe
+        self._cache = cache
+        self._window = window
+
+    def capture(
+        self, dataset: Dataset[Any], ids: Tensor, snapshots: Snapshots | None = None
+    ) -> Iterator[Captured]:
+        """Pass samples through the model, or recall what an earlier pass showed.
+
+        Args:
+            dataset: Where the ids point.
+            ids: ``(n,)`` samples to look at.
+            snapshots: Earlier states of the model to run them through as well.
+
+        Yields:
+            As :meth:`lightning_dvc.capture.probe.Probe.capture`, with gradients, samples from the
+            cache first. ``losses`` and ``confidence`` are ``(n, window)``, NaN for states in which
+            a sample was not seen.
+        """
+        hit, fields = self._cache.get(ids)
+        if bool(hit.any()):
+            yield self._recalled(ids[hit], fields)
+        for captured in self._probe.capture(dataset, ids[~hit], snapshots):
+            padded = replace(
+                captured,
+                losses=self._pad(captured.losses),
+                confidence=self._pad(captured.confidence),
+            )
+            fields = _fields(padded)
+            if self._cache.accepts(fields):
+                self._cache.put(padded.ids, fields)
+            yield padded
+
+    def _pad(self, columns: Tensor) -> Tensor:
+        return F.pad(columns, (0, self._window - columns.shape[1]), value=torch.nan)
+
+    def _recalled(self, ids: Tensor, fields: dict[str, Tensor]) -> Captured:
+        device = self._probe.device
+        moved = {name: x if name == "labels" else x.to(device) for name, x in fields.items()}
+        gradients: list[LayerGradients] = []
+        for layer in self._probe.captured_layers.values():
+            prefix = f"gradients.{len(gradients)}."
+            tensors = {n.removeprefix(prefix): x for n, x in moved.items() if n.startswith(prefix)}
+            gradients.append(restore(tensors, getattr(layer, "bias", None) is not None))
+        representations = [moved[f"representations.{i}"] for i in range(len(gradients))]
+        plain = {name: moved[name] for name in _PLAIN}
+        return Captured(ids=ids, gradients=gradients, representations=representations, **plain)
+
+
+def _fields(captured: Captured) -> dict[str, Tensor]:
+    fields: dict[str, Tensor] = {name: getattr(captured, name) for name in _PLAIN}
+    for number, layer in enumerate(captured.gradients):
+        for name, tensor in layer.tensors().items():
+            fields[f"gradients.{number}.{name}"] = tensor
+    for number, representation in enumerate(captured.representations):
+        fields[f"representations.{number}"] = representation
+    return fields

@@ -1,0 +1,379 @@
+"""Pools turned into loaders: the owner of the pools, of the selection and of the sampler."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+from typing_extensions import override
+
+from lightning_dvc.errors import ConfigurationError
+from lightning_dvc.loaders import LoaderSettings
+from lightning_dvc.policy.budget import resolve_budget, warm_up_counts
+from lightning_dvc.pools import SELECTED, SET_ASIDE, TAKEN_BACK, Pools, Source
+from lightning_dvc.randomness import torch_stream
+from lightning_dvc.records import BadSample, Choice
+from lightning_dvc.sampler import SelectionSampler
+from lightning_dvc.selection import Selection, SelectionRecord
+from lightning_dvc.splitting import Groups
+from lightning_dvc.trainer_bridge import training_epoch
+
+Sources = Mapping[str, Source | Dataset[Any]]
+
+
+class DVCDataModule(LightningDataModule):
+    """Serves a training set that is selected, while a model trains, from several sources.
+
+    Give it to ``Trainer.fit`` together with a :class:`~lightning_dvc.DVCCallback`, which does the
+    selecting. Training starts on a small warm-up, drawn equally from all sources.
+
+    Args:
+        sources: Name to map-style dataset, or to a :class:`~lightning_dvc.Source`, which can bound
+            its share of the selection. Samples must be alike, whichever source they come from.
+        val: Held-out samples: the validation loader, and what candidates are compared with, so keep
+            them clean. Without any, the selection itself is the reference.
+        test: For the test loader.
+        predict: For the predict loader.
+        budget: The most samples that are selected at the same time: a fraction of all in
+            ``(0, 1]`` if a float, a count if an int.
+        batch_size: Samples in a batch of every loader.
+        num_workers: Worker processes of every loader.
+        collate_fn: Makes a batch of a list of samples.
+        pin_memory: Whether loaders copy batches to pinned memory.
+        seed: Of every draw and of the order of samples, at least 0.
+        warmup: Part of the budget to start with, in ``(0, 1]``.
+        rounds: Rounds over which the rest of the budget is spent, at least 1; a run of fewer epochs
+            has fewer rounds.
+        oversample: Candidates looked at for each sample that is added, at least 1.
+
+    Raises:
+        ConfigurationError: If an argument cannot work.
+
+    Example:
+        >>> from torch.utils.data import TensorDataset
+        >>> good, bad = (TensorDataset(torch.randn(100, 4)) for _ in range(2))
+        >>> dm = DVCDataModule({"good": good, "bad": bad}, budget=0.5, batch_size=16)
+        >>> dm.setup("fit")
+        >>> len(dm.selection), dm.selection.shares()
+        (3, {'good': 0.6666666666666666, 'bad': 0.3333333333333333})
+    """
+
+    def __init__(
+        self,
+        sources: Sources,
+        val: Dataset[Any] | None = None,
+        test: Dataset[Any] | None = None,
+        predict: Dataset[Any] | None = None,
+        *,
+        budget: float,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        collate_fn: Callable[[list[Any]], Any] = default_collate,
+        pin_memory: bool = False,
+        seed: int = 0,
+        warmup: float = 0.03,
+        rounds: int = 20,
+        oversample: float = 4.0,
+    ) -> None:
+        self._start(budget, seed, warmup, rounds, oversample)
+        self.loading = LoaderSettings(
+            batch_size=batch_size,
+            num_workers=num_workers,
+            collate_fn=collate_fn,
+            pin_memory=pin_memory,
+            persistent_workers=num_workers > 0,
+        )
+        self._open(sources)
+        self.reference: Dataset[Any] | None = None if val is None else checked_reference(val)
+        for name, dataset in (("val", val), ("test", test), ("predict", predict)):
+            if dataset is not None:
+                # Set on the object, because Lightning takes a method of the class as a sign that
+                # there is such a loader.
+                setattr(self, f"{name}_dataloader", partial(self.loading.loader, dataset))
+
+    def _start(
+        self, budget: float, seed: int, warmup: float, rounds: int, oversample: float
+    ) -> None:
+        super().__init__()
+        for name, value, fits, range_ in (
+            ("seed", seed, seed >= 0, "at least 0"),
+            ("warmup", warmup, 0 < warmup <= 1, "greater than 0 and at most 1"),
+            ("rounds", rounds, rounds >= 1, "at least 1"),
+            ("oversample", oversample, 1 <= oversample < math.inf, "at least 1"),
+        ):
+            if not fits:
+                raise ConfigurationError(f"{name} must be {range_}, but is {value}; change {name}")
+        self.seed = seed
+        self.warmup = warmup
+        self.rounds = rounds
+        self.oversample = oversample
+        self.loading = LoaderSettings()
+        self._given_budget = budget
+        self._record = SelectionRecord()
+        self._pools: Pools | None = None
+        self._sampler: SelectionSampler | None = None
+        self._train_loader: DataLoader[Any] | None = None
+        self._generator = torch.Generator()
+        self._selects = False
+        self._adopted = False
+        self._saved: Mapping[str, Any] | None = None
+
+    def _open(self, sources: Sources) -> None:
+        """Build the pools, and nothing that looks at a sample."""
+        pools = Pools(sources, self.seed)
+        self.budget = resolve_budget(self._given_budget, pools.n_samples)
+        for name, source in pools.sources.items():
+            least = math.ceil(source.min_share * self.budget - 1e-9)
+            if least > len(source):
+                raise ConfigurationError(
+                    f"source {name!r} must fill {least} of the budget of {self.budget} samples "
+                    f"(min_share={source.min_share}), but holds {len(source)}; lower one of them"
+                )
+        self._pools = pools
+        self._sampler = SelectionSampler(pools.dataset, self.seed)
+
+    @classmethod
+    def from_selection(
+        cls,
+        selection: Selection | str | Path,
+        sources: Sources,
+        val: Dataset[Any] | None = None,
+        test: Dataset[Any] | None = None,
+        **settings: Any,
+    ) -> Self:
+        """Train again on what was selected, without selecting: a larger model, or from scratch.
+
+        Args:
+            selection: A :attr:`selection`, or a file that one was written to.
+            sources: The sources that it was made from.
+            val: For the validation loader.
+            test: For the test loader.
+            settings: Further arguments of the class; the budget is the selection.
+
+        Returns:
+            A datamodule that needs no callback.
+
+        Raises:
+            StateError: If the selection does not fit the sources.
+
+        Example:
+            >>> from torch.utils.data import TensorDataset
+            >>> sources = {"one": TensorDataset(torch.randn(9, 4))}
+            >>> dm = DVCDataModule(sources, budget=3, warmup=1.0)
+            >>> dm.setup("fit")
+            >>> again = DVCDataModule.from_selection(dm.selection, sources, batch_size=2)
+            >>> len(again.train_dataloader())
+            2
+        """
+        if not isinstance(selection, Selection):
+            selection = Selection.load(selection)
+        module = cls(sources, val, test, budget=max(len(selection), 1), **settings)
+        module._adopt(selection)
+        return module
+
+    def _adopt(self, selection: Selection) -> None:
+        self._record = SelectionRecord.of(selection, self.pools)
+        self.pools.mark(self._record.ids, SELECTED)
+        self._current_sampler.select(self._record.ids)
+        self._adopted = True
+
+    @staticmethod
+    def wrap(
+        datamodule: LightningDataModule,
+        sources: Sources | Groups | None = None,
+        *,
+        budget: float,
+        reference: Dataset[Any] | None = None,
+        seed: int = 0,
+        warmup: float = 0.03,
+        rounds: int = 20,
+        oversample: float = 4.0,
+    ) -> "DVCDataModule":
+        """Select from the training data of an existing datamodule.
+
+        Its collate function, transforms, workers, transfer hooks and its validation, test and
+        predict loaders stay as they are.
+
+        Args:
+            datamodule: The project's own, with one training loader over a map-style dataset.
+            sources: Separate datasets by name; or, to tell its training dataset apart, one name per
+                sample, or indices by name, see :func:`lightning_dvc.split_by`. When not given, the
+                training dataset is a single source.
+            budget: As for the class.
+            reference: Held-out samples to compare candidates with. The dataset of its validation
+                loader, when not given and if that is map-style.
+            seed: As for the class.
+            warmup: As for the class.
+            rounds: As for the class.
+            oversample: As for the class.
+
+        Returns:
+            A datamodule to use in its place.
+        """
+        from lightning_dvc.wrapping import WrappingDataModule  # builds on this module
+
+        return WrappingDataModule(
+            datamodule,
+            sources,
+            budget=budget,
+            reference=reference,
+            seed=seed,
+            warmup=warmup,
+            rounds=rounds,
+            oversample=oversample,
+        )
+
+    @property
+    def pools(self) -> Pools:
+        """The sources and what is free in each.
+
+        Raises:
+            ConfigurationError: If they are not known before ``setup("fit")``.
+        """
+        if self._pools is None:
+            raise ConfigurationError(
+                'the sources are known only after setup("fit"); call it, or start Trainer.fit'
+            )
+        return self._pools
+
+    @property
+    def selection(self) -> Selection:
+        """What is selected at present, from where, when and why."""
+        return self._record.table(self.pools)
+
+    @property
+    def selected_ids(self) -> Tensor:
+        """``(s,)`` global ids of the selected samples, in order of selection."""
+        return self._record.ids
+
+    def arm_counts(self) -> Tensor:
+        """``(K,)`` selected samples of each source."""
+        return torch.bincount(
+            self.pools.arms_of(self.selected_ids), minlength=len(self.pools.names)
+        )
+
+    @property
+    def n_set_aside(self) -> int:
+        """Samples that could not be scored so far."""
+        return len(self._record.bad)
+
+    @property
+    def _current_sampler(self) -> SelectionSampler:
+        assert self._sampler is not None, "made together with the pools"
+        return self._sampler
+
+    @override
+    def setup(self, stage: str) -> None:
+        """Draw the warm-up, if this is the first time that training is set up."""
+        if stage != "fit":
+            return
+        if self._saved is not None:
+            self.load_state_dict(self._saved)
+        if not len(self._record):
+            self.apply(Choice.unscored(self._warm_up()), 0)
+
+    def _warm_up(self) -> Tensor:
+        pools = self.pools
+        shares = [(source.min_share, source.max_share) for source in pools.sources.values()]
+        counts = warm_up_counts(self.budget, self.warmup, pools.stock, shares)
+        drawn = [pools.draw(arm, n, "warm-up") for arm, n in enumerate(counts.tolist())]
+        return torch.cat(drawn)
+
+    @override
+    def train_dataloader(self) -> DataLoader[Any]:
+        """The loader over the selected samples: always the same, whatever is selected.
+
+        Raises:
+            ConfigurationError: If training starts without a callback that selects.
+        """
+        sampler = self._current_sampler
+        if self.trainer is not None:
+            if self.trainer.training and not (self._selects or self._adopted):
+                raise ConfigurationError(
+                    "a DVCDataModule selects nothing by itself; add DVCCallback() to the "
+                    "callbacks of the Trainer, or train on a saved selection with "
+                    "DVCDataModule.from_selection"
+                )
+            sampler.place(self.trainer.global_rank, self.trainer.world_size)
+            # The loader is iterated before Lightning tells the sampler which epoch it is.
+            sampler.set_epoch(training_epoch(self.trainer))
+        # Of its own, so that iterating draws nothing from the global generator, and set anew, so
+        # that workers get the seeds of the uninterrupted run after a resume.
+        self._generator.manual_seed(torch_stream(self.seed, "loader", sampler.epoch).initial_seed())
+        if self._train_loader is None:
+            self._train_loader = self.loading.loader(
+                self.pools.dataset, sampler, generator=self._generator
+            )
+        return self._train_loader
+
+    def attach(self) -> None:
+        """Tell that a callback does the selecting."""
+        self._selects = True
+
+    def apply(self, choice: Choice, number: int, bad: Iterable[BadSample] = ()) -> None:
+        """Make a round's decision true.
+
+        Args:
+            choice: Free samples to add and selected ones to take back.
+            number: The round; 0 is the warm-up.
+            bad: Samples that could not be scored, selected or not: they leave for good.
+        """
+        pools, record = self.pools, self._record
+        bad = list(bad)
+        pools.mark(choice.remove, TAKEN_BACK)
+        pools.mark(choice.add, SELECTED)
+        record.remove(choice.remove)
+        record.add(choice, number)
+        if bad:
+            bad_ids = torch.tensor([sample.id for sample in bad], dtype=torch.int64)
+            pools.mark(bad_ids, SET_ASIDE)
+            record.remove(bad_ids)
+            record.set_aside(bad)
+        self._current_sampler.select(record.ids)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """The state of every sample that is not free, and the record of the selection."""
+        if self._pools is None:
+            return dict(self._saved or {})
+        return {"pools": self._pools.state_dict(), "record": self._record.state_dict()}
+
+    @override
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on with a saved selection.
+
+        Without pools, as when a wrapped datamodule only validates, it waits for ``setup("fit")``.
+
+        Raises:
+            StateError: If it was made from other sources.
+        """
+        self._saved = state_dict
+        if self._pools is not None and state_dict:
+            self._pools.load_state_dict(state_dict["pools"])
+            self._record.load_state_dict(state_dict["record"])
+            self._current_sampler.select(self._record.ids)
+            self._saved = None
+
+
+def checked_reference(reference: Dataset[Any]) -> Dataset[Any]:
+    """Refuse held-out samples that cannot be drawn from.
+
+    Raises:
+        ConfigurationError: If the dataset is not map-style, or empty.
+    """
+    kind = type(reference).__name__
+    if not (hasattr(reference, "__len__") and hasattr(reference, "__getitem__")):
+        raise ConfigurationError(
+            f"val needs __len__ and __getitem__, because candidates are compared with some of its "
+            f"samples, but {kind} lacks one; load an iterable one into a list first"
+        )
+    if len(reference) == 0:
+        raise ConfigurationError(
+            f"val is empty ({kind}); leave it out to use the selection itself as the reference"
+        )
+    return reference

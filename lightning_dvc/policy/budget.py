@@ -1,0 +1,109 @@
+"""How many samples a round may add, in all and from each source."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_dvc.errors import ConfigurationError
+from lightning_dvc.policy.apportion import apportion
+
+_ROUNDING = 1e-9
+
+
+def resolve_budget(budget: float, n_samples: int) -> int:
+    """Turn the user's budget into a number of samples.
+
+    Args:
+        budget: A fraction of all samples in ``(0, 1]`` if a float, a count if an int.
+        n_samples: Samples in all sources together.
+
+    Returns:
+        The most samples that are ever selected at the same time, at least 1.
+
+    Raises:
+        ConfigurationError: If the budget is not above 0, or above what the sources hold.
+
+    Example:
+        >>> resolve_budget(0.2, 1000), resolve_budget(150, 1000)
+        (200, 150)
+    """
+    if isinstance(budget, bool) or not isinstance(budget, int | float) or not math.isfinite(budget):
+        raise ConfigurationError(
+            f"budget must be a fraction of all samples (a float in (0, 1]) or a count (an int), "
+            f"but is {budget!r}; pass 0.2 for a fifth, or 1000 for a thousand samples"
+        )
+    count = budget if isinstance(budget, int) else round(budget * n_samples)
+    most: float = n_samples if isinstance(budget, int) else 1.0
+    if not 0 < budget <= most:
+        raise ConfigurationError(
+            f"budget must be above 0 and at most {most} ({n_samples} samples in the sources), but "
+            f"is {budget!r}; pass a float in (0, 1] for a fraction or an int for a count"
+        )
+    return max(1, int(count))
+
+
+def warm_up_counts(
+    budget: int, share: float, stock: Tensor, shares: Sequence[tuple[float, float]]
+) -> Tensor:
+    """Divide the unscored warm-up equally over the sources.
+
+    Args:
+        budget: Samples that may be selected.
+        share: Part of the budget to start with, in ``(0, 1]``; every source gives at least one
+            sample if the budget allows.
+        stock: ``(K,)`` samples of each source.
+        shares: Least and largest share of the selection for each source.
+
+    Returns:
+        ``(K,)`` samples to draw from each source.
+
+    Example:
+        >>> warm_up_counts(100, 0.05, torch.tensor([50, 50]), [(0.0, 1.0), (0.8, 1.0)]).tolist()
+        [1, 4]
+    """
+    quota = min(budget, max(math.ceil(share * budget - _ROUNDING), len(stock)))
+    none = torch.zeros_like(stock)
+    lower, upper = arm_bounds(none, quota, shares)
+    return apportion(
+        quota, torch.ones(len(stock)), *(torch.minimum(x, stock) for x in (lower, upper))
+    )
+
+
+def round_quota(budget: int, n_selected: int, number: int, n_rounds: int) -> int:
+    """Samples that a round may add, so that what is left is spread evenly over the rounds to come.
+
+    Args:
+        budget: Samples that may be selected.
+        n_selected: Samples selected at present.
+        number: The round, from 1.
+        n_rounds: The last round.
+
+    Example:
+        >>> round_quota(100, 10, number=1, n_rounds=3), round_quota(100, 40, 2, 3)
+        (30, 30)
+    """
+    return math.ceil((budget - n_selected) / max(n_rounds - number + 1, 1))
+
+
+def arm_bounds(
+    counts: Tensor, total: int, shares: Sequence[tuple[float, float]]
+) -> tuple[Tensor, Tensor]:
+    """The least and the most that each source may add to keep its share.
+
+    Args:
+        counts: ``(K,)`` samples selected from each source at present.
+        total: Samples selected once the round is over.
+        shares: Least and largest share of the selection for each source.
+
+    Returns:
+        ``(K,)`` least and ``(K,)`` most, int64.
+
+    Example:
+        >>> arm_bounds(torch.tensor([4, 1]), 10, [(0.0, 0.5), (0.3, 1.0)])
+        (tensor([0, 2]), tensor([1, 9]))
+    """
+    least = torch.tensor([math.ceil(low * total - _ROUNDING) for low, _ in shares])
+    most = torch.tensor([math.floor(high * total + _ROUNDING) for _, high in shares])
+    return (least - counts).clamp(min=0), (most - counts).clamp(min=0)

@@ -1,0 +1,121 @@
+"""What a way of choosing gets to see in a round, and what it has to offer."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lightning_dvc.capture.probe import Probe
+from lightning_dvc.distributed import Group
+from lightning_dvc.policy.budget import arm_bounds, round_quota
+from lightning_dvc.pools import Pools
+from lightning_dvc.records import Choice
+from lightning_dvc.timing import Stopwatch
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round of selection, as a strategy sees it.
+
+    Attributes:
+        number: Which round, from 1; the warm-up, which no strategy sees, is 0.
+        n_rounds: The last one.
+        budget: The most samples that may be selected at the same time.
+        oversample: Candidates to look at for each sample to add, at least 1.
+        pools: Where candidates are drawn from. Only read: the choice is applied afterwards.
+        selected: ``(s,)`` ids selected so far, in order of selection.
+        probe: Looks at samples through the model.
+        reference: Held-out samples that show what is wanted, or None when there are none.
+        seed: The user's seed.
+        group: The processes of the run; every one of them must come to the same choice.
+        watch: Where a strategy notes what it spends its time on.
+    """
+
+    number: int
+    n_rounds: int
+    budget: int
+    oversample: float
+    pools: Pools
+    selected: Tensor
+    probe: Probe
+    reference: Dataset[Any] | None = None
+    seed: int = 0
+    group: Group = field(default_factory=Group)
+    watch: Stopwatch = field(default_factory=Stopwatch)
+
+    @property
+    def is_last(self) -> bool:
+        """Whether no round comes after this one."""
+        return self.number >= self.n_rounds
+
+    @property
+    def progress(self) -> float:
+        """Share of the rounds that are over, in ``[0, 1)``."""
+        return (self.number - 1) / self.n_rounds
+
+    def quota(self, n_removed: int = 0) -> int:
+        """Samples to add, at most.
+
+        Args:
+            n_removed: Samples that this round takes back.
+        """
+        kept = len(self.selected) - n_removed
+        wanted = round_quota(self.budget, kept, self.number, self.n_rounds)
+        return min(wanted, int(self.pools.stock.sum()))
+
+    def arm_counts(self, removed: Tensor | None = None) -> Tensor:
+        """``(K,)`` samples selected from each source, without those that this round takes back."""
+        kept = self.selected
+        if removed is not None:
+            kept = kept[~torch.isin(kept, removed)]
+        return torch.bincount(self.pools.arms_of(kept), minlength=len(self.pools.names))
+
+    def arm_bounds(self, removed: Tensor, quota: int) -> tuple[Tensor, Tensor]:
+        """The least and the most to add from each source so that its share is kept, each ``(K,)``.
+
+        Args:
+            removed: ids that this round takes back.
+            quota: Samples that it adds.
+        """
+        counts = self.arm_counts(removed)
+        shares = [(s.min_share, s.max_share) for s in self.pools.sources.values()]
+        return arm_bounds(counts, int(counts.sum()) + quota, shares)
+
+
+class Strategy(Protocol):
+    """A way of choosing."""
+
+    @property
+    def learns_from_score(self) -> bool:
+        """Whether it needs the monitored validation score."""
+        ...
+
+    def choose(self, this: Round) -> Choice:
+        """Decide what one round adds and takes back.
+
+        Args:
+            this: The round. Nothing in it may be changed.
+
+        Returns:
+            Free samples to add, at most ``this.quota(...)``, and selected ones to take back.
+        """
+        ...
+
+    def observe(self, score: float) -> None:
+        """Learn the validation score that followed the last choice; of several, the last counts.
+
+        Args:
+            score: The monitored value, the greater the better.
+        """
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was learnt, as tensors and plain containers."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state, before the first round."""
+        ...

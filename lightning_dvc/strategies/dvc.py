@@ -1,0 +1,283 @@
+"""Data value contribution: the paper's method, as one strategy.
+
+A round examines what is selected and held out, draws candidates as the bandit says, scores them
+with the six metrics, chooses the best under the diversification rules, and learns which sources
+were worth it. The defaults are the variant that measured best (docs/results.md).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, Final, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_dvc.errors import ConfigurationError
+from lightning_dvc.policy.bandit import SourceBandit
+from lightning_dvc.policy.diversify import class_ceilings, diversify
+from lightning_dvc.policy.refine import disowned, threshold
+from lightning_dvc.policy.weights import FixedWeights, WeightPolicy
+from lightning_dvc.records import Choice
+from lightning_dvc.strategies.base import Round
+from lightning_dvc.strategies.observer import Examined, Observer, ObserverSettings
+from lightning_dvc.strategies.rewards import ArmRewards
+from lightning_dvc.strategies.scoring import Scores, join_scores, score
+
+_TAKE_BACK_FROM: Final = 3
+
+
+class DVC:
+    """Chooses by data value contribution (arXiv 2510.21286).
+
+    Args:
+        weights: How the six metrics are weighed: equally when not given, see
+            :class:`~lightning_dvc.policy.weights.FixedWeights` and
+            :class:`~lightning_dvc.policy.weights.BayesianWeights`.
+        layer_weights: ``alpha`` of equation 5, one number of at least 0 per captured layer, scaled
+            to the sum 1; equal when not given.
+        discount: What a past round counts for in the bandit, relative to the next; in ``(0, 1]``.
+        exploration: Weight of the bandit's confidence term, at least 0.
+        temperature: How evenly the bandit divides candidates over the sources, above 0.
+        reference_size: Reference samples drawn afresh each round, at least 1.
+        reservoir_size: Selected samples that stand for the selection in the diversity metric and
+            the training gradient, drawn afresh each round, at least 1.
+        review_size: Selected samples looked at each round to see whether the model still believes
+            their labels, at least 1.
+        stability_window: Earlier model states kept for the stability metric and the review, at
+            least 0; each costs a copy of the trainable parameters.
+        take_back: Largest share of the selection that one round takes back, in ``[0, 1]``; from
+            round 3 on, and not in the last.
+        class_slack: How far a class may exceed its share of the reference's label mix in one round,
+            at least 1; infinite for no such rule.
+        duplicate_angle: Largest angle in radians between the features of near-duplicates, of which
+            one is kept, in ``[0, pi]``.
+        density: How the diversity metric estimates densities: ``"exact"``, or ``"lsh"``, which pays
+            off for reservoirs of very many samples.
+        cache_bytes: Memory for what was captured of candidates, in case they are drawn again.
+        cache_dtype: Floating type in which that is stored, as it came when not given.
+        drift_tolerance: How far a layer's parameters may move, relative to their norm, before what
+            was captured under them counts as outdated; at least 0.
+
+    Raises:
+        ConfigurationError: If a number is out of its range.
+
+    Example:
+        >>> DVC(take_back=2.0)
+        Traceback (most recent call last):
+        ...
+        lightning_dvc.errors.ConfigurationError: take_back must be in [0, 1], but is 2.0; change it
+    """
+
+    def __init__(
+        self,
+        weights: WeightPolicy | None = None,
+        *,
+        layer_weights: Sequence[float] | None = None,
+        discount: float = 1.0,
+        exploration: float = 0.05,
+        temperature: float = 0.03,
+        reference_size: int = 1000,
+        reservoir_size: int = 1000,
+        review_size: int = 10_000,
+        stability_window: int = 4,
+        take_back: float = 0.1,
+        class_slack: float = 1.5,
+        duplicate_angle: float = 0.1,
+        density: Literal["exact", "lsh"] = "exact",
+        cache_bytes: int = 2**26,
+        cache_dtype: torch.dtype | None = None,
+        drift_tolerance: float = 0.01,
+    ) -> None:
+        for name, value, fits, range_ in (
+            ("reference_size", reference_size, reference_size >= 1, "at least 1"),
+            ("reservoir_size", reservoir_size, reservoir_size >= 1, "at least 1"),
+            ("review_size", review_size, review_size >= 1, "at least 1"),
+            ("stability_window", stability_window, stability_window >= 0, "at least 0"),
+            ("take_back", take_back, 0 <= take_back <= 1, "in [0, 1]"),
+            ("class_slack", class_slack, class_slack >= 1, "at least 1"),
+            ("duplicate_angle", duplicate_angle, 0 <= duplicate_angle <= math.pi, "in [0, pi]"),
+            ("layer_weights", layer_weights, _fit(layer_weights), "at least 0 and not all 0"),
+            ("density", density, density in ("exact", "lsh"), "'exact' or 'lsh'"),
+        ):
+            if not fits:
+                raise ConfigurationError(f"{name} must be {range_}, but is {value!r}; change it")
+        self.weights: WeightPolicy = weights or FixedWeights()
+        self.layer_weights = layer_weights
+        self.take_back = take_back
+        self.class_slack = class_slack
+        self._new_bandit = partial(
+            SourceBandit, discount=discount, exploration=exploration, temperature=temperature
+        )
+        self._new_bandit(1)  # refuses settings that cannot be before training starts
+        self._bandit: SourceBandit | None = None
+        self._observer = Observer(
+            ObserverSettings(
+                reference_size=reference_size,
+                reservoir_size=reservoir_size,
+                review_size=review_size,
+                stability_window=stability_window,
+                duplicate_angle=duplicate_angle,
+                density=density,
+                cache_bytes=cache_bytes,
+                cache_dtype=cache_dtype,
+                drift_tolerance=drift_tolerance,
+            )
+        )
+        # The weights in force and the progress at which they were asked for; the score since.
+        self._asked: tuple[Tensor, float] | None = None
+        self._score: float | None = None
+
+    @property
+    def learns_from_score(self) -> bool:
+        """Whether the weights are learnt from the monitored validation score."""
+        return self.weights.learns_from_score
+
+    def choose(self, this: Round) -> Choice:
+        """One round: examine, draw, score, choose, learn."""
+        bandit = self._bandit = self._bandit or self._new_bandit(len(this.pools.names))
+        with this.watch.section("weigh"):
+            weights = self._weigh(this.progress)
+        with this.watch.section("examine"):
+            examined = self._observer.examine(this)
+            removed = self._disowned(this, examined)
+            quota = this.quota(len(removed))
+        with this.watch.section("draw"):
+            candidates = self._draw(this, bandit, quota, removed)
+        with this.watch.section("score"):
+            scores, rewards = self._score_candidates(this, candidates, examined)
+        with this.watch.section("choose"):
+            choice, chosen = self._pick(this, scores, weights, examined, quota, removed)
+        with this.watch.section("learn"):
+            earned = rewards.rewards(this.group)
+            bandit.update(earned)
+            self._observer.remember(this, chosen, removed)
+        choice.figures.update(self._observer.figures)
+        for name, reward in zip(this.pools.names, earned.tolist(), strict=True):
+            if not math.isnan(reward):
+                choice.figures[f"reward/{name}"] = reward
+        return choice
+
+    def observe(self, score: float) -> None:
+        """Note the validation score; it is told to the weights when the next round begins."""
+        self._score = score
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that was learnt or is remembered between rounds."""
+        return {
+            "weights": self.weights.state_dict(),
+            "asked": self._asked,
+            "score": self._score,
+            "bandit": self._bandit and self._bandit.state_dict(),
+            "observer": self._observer.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state; settings stay this object's own."""
+        self.weights.load_state_dict(state["weights"])
+        self._asked, self._score = state["asked"], state["score"]
+        self._observer.load_state_dict(state["observer"])
+        if state["bandit"]:
+            self._bandit = self._new_bandit(len(state["bandit"]["counts"]))
+            self._bandit.load_state_dict(state["bandit"])
+
+    def _weigh(self, progress: float) -> Tensor:
+        """Tell the weight policy what followed its last answer, and ask for the next."""
+        if self._asked is not None and self._score is not None:
+            self.weights.tell(*self._asked, self._score)
+        self._score = None
+        weights = self.weights.ask(progress)
+        self._asked = (weights, progress)
+        return weights
+
+    def _disowned(self, this: Round, examined: Examined) -> Tensor:
+        """Selected samples that recent model states find less plausible than reference ones."""
+        if this.number < _TAKE_BACK_FROM or this.is_last:
+            return torch.empty(0, dtype=torch.int64)
+        # Not more than can be replaced.
+        most = min(int(self.take_back * len(this.selected)), int(this.pools.stock.sum()))
+        limit = threshold(examined.reference_confidence)
+        return this.selected[disowned(examined.selected_confidence, limit, most)]
+
+    def _draw(self, this: Round, bandit: SourceBandit, quota: int, removed: Tensor) -> Tensor:
+        """Candidates ``(n,)``, ascending, divided over the sources as the bandit says."""
+        wanted = math.ceil(this.oversample * quota)
+        floor, ceiling = this.arm_bounds(removed, quota)
+        # A source that may add nothing needs no candidates, one that must add some needs a choice.
+        ceiling = torch.where(ceiling > 0, wanted, 0)
+        floor = (this.oversample * floor).ceil().to(torch.int64)
+        counts = bandit.allocate(wanted, this.pools.stock, floor, ceiling)
+        drawn = [
+            this.pools.draw(arm, count, "candidates", this.number)
+            for arm, count in enumerate(counts.tolist())
+        ]
+        return torch.cat(drawn)
+
+    def _score_candidates(
+        self, this: Round, candidates: Tensor, examined: Examined
+    ) -> tuple[Scores, ArmRewards]:
+        """Metrics of the candidates and rewards of their sources, over all processes."""
+        rewards = ArmRewards(len(this.pools.names), examined.gradient)
+        parts = [Scores.empty(len(examined.standards), self._observer.window)]
+        for captured in self._observer.candidates(this, candidates):
+            rewards.add(captured, this.pools.arms_of(captured.ids))
+            parts.append(score(captured, examined.standards, self._observer.codes(captured)))
+        return join_scores(parts).gather(this.group, this.probe.device), rewards
+
+    def _pick(
+        self,
+        this: Round,
+        scores: Scores,
+        weights: Tensor,
+        examined: Examined,
+        quota: int,
+        removed: Tensor,
+    ) -> tuple[Choice, Scores]:
+        """The best candidates under the diversification rules, and their scores."""
+        values = scores.values(weights, self._alpha(scores.layer_metrics.shape[1]))
+        floor, ceiling = this.arm_bounds(removed, quota)
+        known, among = self._observer.duplicates(scores.codes)
+        found = diversify(
+            values,
+            scores.ids,
+            this.pools.arms_of(scores.ids),
+            scores.labels,
+            quota=quota,
+            arm_ceiling=ceiling,
+            arm_floor=floor,
+            class_ceiling=self._class_ceiling(scores.labels, examined.labels, quota),
+            duplicate_of_known=known,
+            duplicate_pairs=among,
+        )
+        chosen = scores.rows(found.positions)
+        figures = {f"passed_over/{rule}": float(n) for rule, n in found.passed_over.items()}
+        figures["candidates"] = float(len(scores))
+        raw = chosen.raw()
+        return (
+            Choice(chosen.ids, values[found.positions], raw, weights, removed, figures),
+            chosen,
+        )
+
+    def _class_ceiling(self, labels: Tensor, reference: Tensor, quota: int) -> Tensor | None:
+        highest = max(torch.cat([labels, reference]).tolist(), default=-1)
+        if highest < 0 or math.isinf(self.class_slack):
+            return None
+        return class_ceilings(reference, highest + 1, quota, self.class_slack)
+
+    def _alpha(self, n_layers: int) -> Tensor:
+        """Layer weights ``(L,)`` of equation 5."""
+        if self.layer_weights is None:
+            return torch.full((n_layers,), 1 / n_layers)
+        if len(self.layer_weights) != n_layers:
+            raise ConfigurationError(
+                f"layer_weights must hold one number for each of the {n_layers} captured layers, "
+                f"but holds {len(self.layer_weights)}; give as many, or name layers=[...]"
+            )
+        alpha = torch.tensor(self.layer_weights, dtype=torch.float64)
+        return alpha / alpha.sum()
+
+
+def _fit(layer_weights: Sequence[float] | None) -> bool:
+    if layer_weights is None:
+        return True
+    return all(0 <= a < math.inf for a in layer_weights) and sum(layer_weights) > 0

@@ -1,0 +1,264 @@
+"""What DVC remembers of the model and of the samples it has seen, from round to round."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_dvc.capture.cached import CachedProbe
+from lightning_dvc.capture.gradients import LayerGradients
+from lightning_dvc.capture.probe import Captured
+from lightning_dvc.capture.snapshots import Snapshots
+from lightning_dvc.memory.gradient_cache import GradientCache
+from lightning_dvc.memory.history import SampleHistory
+from lightning_dvc.memory.lsh import ExactDensity, LSHDensity, median_bandwidth_squared
+from lightning_dvc.memory.near_duplicates import N_TABLES, NearDuplicates
+from lightning_dvc.memory.statistics import ExponentialMovingAverage, StreamingMedian
+from lightning_dvc.metrics.diversity import Density
+from lightning_dvc.metrics.relevance import relevance_reference
+from lightning_dvc.randomness import stream, torch_stream
+from lightning_dvc.strategies.base import Round
+from lightning_dvc.strategies.scoring import LayerStandards, Scores
+
+_MOMENTUM_DECAY: Final = 0.9
+# Norms of the last round or so: older ones belong to a model that is gone.
+_NORM_WINDOW: Final = 1024
+
+
+@dataclass(frozen=True)
+class ObserverSettings:
+    """Sizes and tolerances; see :class:`lightning_dvc.strategies.dvc.DVC`, which documents them."""
+
+    reference_size: int
+    reservoir_size: int
+    review_size: int
+    stability_window: int
+    duplicate_angle: float
+    density: Literal["exact", "lsh"]
+    cache_bytes: int
+    cache_dtype: torch.dtype | None
+    drift_tolerance: float
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What a round knows before it looks at a candidate.
+
+    Attributes:
+        standards: What each layer's metrics are measured against.
+        gradient: Per layer, the mean reference gradient, a full gradient.
+        labels: ``(m,)`` classes of the reference samples, -1 where there is none.
+        reference_confidence: ``(m,)`` how plausible recent model states find their targets.
+        selected_confidence: ``(s,)`` the same of all selected samples, NaN where it is not known.
+    """
+
+    standards: list[LayerStandards]
+    gradient: list[Tensor]
+    labels: Tensor
+    reference_confidence: Tensor
+    selected_confidence: Tensor
+
+
+class Observer:
+    """Looks at the reference, the selection and candidates, and keeps what later rounds need.
+
+    Attributes:
+        window: Model states that a sample is known in at most: the present and the snapshots.
+
+    Args:
+        settings: Sizes and tolerances.
+    """
+
+    def __init__(self, settings: ObserverSettings) -> None:
+        self._settings = settings
+        self.window = settings.stability_window + 1
+        self._snapshots = Snapshots(settings.stability_window)
+        self._cache = GradientCache(
+            settings.cache_bytes, settings.cache_dtype, settings.drift_tolerance
+        )
+        self._norms: list[StreamingMedian] = []
+        self._momentum: list[ExponentialMovingAverage] = []
+        self._parts: tuple[SampleHistory, NearDuplicates] | None = None
+        # What was loaded and not yet taken up, for lack of the sizes that a round brings.
+        self._saved: Mapping[str, Any] | None = None
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Hit rate and bytes of the gradient cache."""
+        return {"cache_hit_rate": self._cache.hit_rate, "cache_bytes": self._cache.n_bytes}
+
+    def examine(self, this: Round) -> Examined:
+        """Look at reference samples and at the selection, as the model sees them now."""
+        history, _ = self._begin(this)
+        reservoir = self._look_at_selected(this)
+        reference = self._look_at_reference(this)
+        self._cache.move(self._snapshots.drift(this.probe.module, this.probe.captured_layers))
+        if reference is None:
+            reference = reservoir
+            confidence = history.recent(reservoir.ids, this.number).nanmean(1)
+        else:
+            confidence = reference.confidence.nanmean(1).cpu()
+        return Examined(
+            self._standards(this, reference, reservoir),
+            [_mean(layer) for layer in reference.gradients],
+            reference.labels,
+            confidence,
+            history.recent(this.selected, this.number).nanmean(1),
+        )
+
+    def candidates(self, this: Round, ids: Tensor) -> Iterator[Captured]:
+        """Look at this process's part of the candidates, batch by batch, with gradients."""
+        cached = CachedProbe(this.probe, self._cache, self.window)
+        mine = this.group.shard(ids, this.probe.batch_size)
+        return cached.capture(this.pools.dataset, mine, self._snapshots)
+
+    def codes(self, captured: Captured) -> Tensor:
+        """Hash the features of ``n`` samples, ``(n, tables)``."""
+        return self._ready[1].codes(captured.fingerprints)
+
+    def duplicates(self, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """Near-duplicates: ``(n,)`` of a selected sample, and ``(p, 2)`` pairs among candidates."""
+        near = self._ready[1]
+        return near.known(codes), near.among(codes)
+
+    def remember(self, this: Round, chosen: Scores, removed: Tensor) -> None:
+        """Keep what the next rounds need of a round that is over.
+
+        Args:
+            this: The round.
+            chosen: Scores of the samples that it adds.
+            removed: ids that it takes back.
+        """
+        history, near = self._ready
+        history.forget(removed)
+        near.forget(removed)
+        seen = 1 + len(self._snapshots)
+        history.record(chosen.ids, chosen.confidence[:, :seen], this.number)
+        near.add(chosen.ids, chosen.codes)
+        self._snapshots.push(this.probe.module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything remembered, as tensors and plain containers."""
+        if self._saved is not None:
+            return dict(self._saved)
+        return {
+            "snapshots": self._snapshots.state_dict(),
+            "cache": self._cache.state_dict(),
+            "norms": [norms.state_dict() for norms in self._norms],
+            "momentum": [average.state_dict() for average in self._momentum],
+            "parts": [part.state_dict() for part in self._parts or ()],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state when the next round begins."""
+        self._saved = state
+
+    @property
+    def _ready(self) -> tuple[SampleHistory, NearDuplicates]:
+        assert self._parts is not None, "examine() comes first in a round"
+        return self._parts
+
+    def _begin(self, this: Round) -> tuple[SampleHistory, NearDuplicates]:
+        if self._parts is None:
+            self._parts = (
+                SampleHistory(self.window, this.budget),
+                NearDuplicates(self._settings.duplicate_angle, this.seed),
+            )
+        if self._saved is not None:
+            self._restore(self._saved)
+            self._saved = None
+        return self._parts
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        self._snapshots.load_state_dict(state["snapshots"])
+        self._cache.load_state_dict(state["cache"])
+        self._make_layers(len(state["norms"]))
+        for norms, saved in zip(self._norms, state["norms"], strict=True):
+            norms.load_state_dict(saved)
+        for average, saved in zip(self._momentum, state["momentum"], strict=True):
+            average.load_state_dict(saved)
+        if state["parts"]:
+            history, near = self._ready
+            history.load_state_dict(state["parts"][0])
+            near.load_state_dict(state["parts"][1])
+
+    def _make_layers(self, n_layers: int) -> None:
+        if not self._norms:
+            self._norms = [StreamingMedian(_NORM_WINDOW) for _ in range(n_layers)]
+            self._momentum = [ExponentialMovingAverage(_MOMENTUM_DECAY) for _ in range(n_layers)]
+
+    def _look_at_reference(self, this: Round) -> Captured | None:
+        if this.reference is None:
+            return None
+        n = len(this.reference)  # type: ignore[arg-type]  # the datamodule checked that it has one
+        ids = _some(torch.arange(n), self._settings.reference_size, this, "reference")
+        return this.probe.capture_all(this.reference, ids, self._snapshots)
+
+    def _look_at_selected(self, this: Round) -> Captured:
+        """The reservoir with gradients; more of the selection without, each process its part."""
+        sizes = self._settings
+        ids = _some(this.selected, sizes.reservoir_size, this, "reservoir")
+        reservoir = this.probe.capture_all(this.pools.dataset, ids)
+        others = this.selected[~torch.isin(this.selected, ids)]
+        others = _some(others, sizes.review_size, this, "review")
+        mine = this.group.shard(others, this.probe.batch_size)
+        review = list(this.probe.capture(this.pools.dataset, mine, gradients=False))
+        self._note(this, [reservoir])
+        self._note(this, review, gather=True)
+        return reservoir
+
+    def _note(self, this: Round, seen: list[Captured], gather: bool = False) -> None:
+        """Keep how plausible the model finds selected samples now, and what they look like."""
+        history, near = self._ready
+        codes = [self.codes(part) for part in seen]
+        ids = torch.cat([torch.empty(0, dtype=torch.int64), *(part.ids for part in seen)])
+        confidence = torch.cat([torch.empty(0, 1), *(part.confidence.cpu() for part in seen)])
+        all_codes = torch.cat([torch.empty(0, N_TABLES, dtype=torch.int64), *codes])
+        if gather:
+            device = this.probe.device
+            ids = this.group.gather(ids, device)
+            confidence = this.group.gather(confidence, device)
+            all_codes = this.group.gather(all_codes, device)
+        history.record(ids, confidence, this.number)
+        near.add(ids, all_codes)
+
+    def _standards(
+        self, this: Round, reference: Captured, reservoir: Captured
+    ) -> list[LayerStandards]:
+        if not self._norms:
+            self._make_layers(len(reference.gradients))
+        found = []
+        for number, (norms, momentum) in enumerate(zip(self._norms, self._momentum, strict=True)):
+            norms.update(torch.linalg.vector_norm(reference.representations[number], dim=1))
+            momentum.update(_mean(reservoir.gradients[number]))
+            found.append(
+                LayerStandards(
+                    norms.median,
+                    norms.mad,
+                    relevance_reference(reference.gradients[number], reference.labels),
+                    self._density(reservoir.representations[number], this.seed),
+                    momentum.value,
+                )
+            )
+        return found
+
+    def _density(self, points: Tensor, seed: int) -> Density:
+        bandwidth_squared = median_bandwidth_squared(points, torch_stream(seed, "bandwidth"))
+        if self._settings.density == "lsh":
+            return LSHDensity(points, bandwidth_squared, seed=seed)
+        return ExactDensity(points, bandwidth_squared)
+
+
+def _mean(layer: LayerGradients) -> Tensor:
+    """The mean gradient of a layer, a full gradient."""
+    return layer.mixture(torch.full((len(layer),), 1 / len(layer)))
+
+
+def _some(ids: Tensor, most: int, this: Round, purpose: str) -> Tensor:
+    """At most so many of the ids, drawn at random, in their order."""
+    if len(ids) <= most:
+        return ids
+    drawn = stream(this.seed, purpose, this.number).choice(len(ids), most, replace=False)
+    return ids[torch.from_numpy(drawn).sort().values]

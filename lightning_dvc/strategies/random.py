@@ -1,0 +1,45 @@
+"""The baseline: samples at random."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from lightning_dvc.policy.apportion import apportion
+from lightning_dvc.records import Choice
+from lightning_dvc.strategies.base import Round
+
+
+class Random:
+    """Draws uniformly from all that is free, within the sources' shares; looks at no sample.
+
+    Example:
+        >>> Random().learns_from_score
+        False
+    """
+
+    learns_from_score = False
+
+    def choose(self, this: Round) -> Choice:
+        """Draw the round's quota, from each source in proportion to its stock."""
+        quota, stock = this.quota(), this.pools.stock
+        none = torch.empty(0, dtype=torch.int64)
+        lower, upper = this.arm_bounds(none, quota)
+        counts = apportion(
+            quota, stock.double(), torch.minimum(lower, stock), torch.minimum(upper, stock)
+        )
+        drawn = [
+            this.pools.draw(arm, count, "random", this.number)
+            for arm, count in enumerate(counts.tolist())
+        ]
+        return Choice.unscored(torch.cat(drawn))
+
+    def observe(self, score: float) -> None:
+        """Nothing is learnt."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing is remembered."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Nothing to load."""

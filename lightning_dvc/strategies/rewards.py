@@ -1,0 +1,59 @@
+"""What a source was worth in a round: do its candidates pull the way the reference does?"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_dvc.capture.probe import Captured
+from lightning_dvc.distributed import Group
+
+
+class ArmRewards:
+    """Mean candidate gradient of each arm, compared with the mean reference gradient.
+
+    The reward of an arm is ``(1 + cos(mean gradient of its candidates, reference gradient)) / 2``
+    over all captured layers together.
+
+    Args:
+        n_arms: Number of sources ``K``.
+        reference: Per layer, the mean reference gradient, a full gradient.
+    """
+
+    def __init__(self, n_arms: int, reference: Sequence[Tensor]) -> None:
+        self._reference = [full.double() for full in reference]
+        self._sums = [full.new_zeros(n_arms, *full.shape) for full in self._reference]
+        self._counts = torch.zeros(n_arms, dtype=torch.int64)
+
+    def add(self, captured: Captured, arms: Tensor) -> None:
+        """Take in a batch of candidates.
+
+        Args:
+            captured: What a pass over ``n`` candidates showed, with gradients.
+            arms: ``(n,)`` the source of each.
+        """
+        for arm in sorted(set(arms.tolist())):
+            mine = arms == arm
+            for total, layer in zip(self._sums, captured.gradients, strict=True):
+                ones = torch.ones(int(mine.sum()), device=total.device)
+                total[arm] += layer.rows(mine).mixture(ones)
+        self._counts += torch.bincount(arms, minlength=len(self._counts))
+
+    def rewards(self, group: Group) -> Tensor:
+        """Add up what all processes took in.
+
+        Returns:
+            ``(K,)`` float64 in ``[0, 1]`` on the CPU; NaN for an arm without candidates, and 1/2
+            where a mean gradient vanishes.
+        """
+        device = self._sums[0].device
+        counts = group.sum(self._counts.to(device)).cpu()
+        products, squares, length = (torch.zeros((), dtype=torch.float64) for _ in range(3))
+        for total, full in zip(self._sums, self._reference, strict=True):
+            total = group.sum(total).flatten(1)
+            products = products + (total @ full.flatten()).cpu()
+            squares = squares + total.square().sum(1).cpu()
+            length = length + full.square().sum().cpu()
+        lengths = (squares * length).sqrt()
+        cosine = torch.where(lengths > 0, products / lengths, 0.0).clamp(-1, 1)
+        return torch.where(counts > 0, (1 + cosine) / 2, torch.nan)

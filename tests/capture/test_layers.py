@@ -1,0 +1,503 @@
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.oracles import assert_gradients, per_sample_gradients
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_dvc.capture.layers import LayerCapture, find_layers
+from lightning_dvc.errors import CaptureError
+
+CLASSES = 3
+
+
+class Net(nn.Module):
+    """Layers by name and a forward pass given as a function; weights are drawn from a seed."""
+
+    def __init__(self, layers, forward):
+        super().__init__()
+        torch.manual_seed(0)
+        for name, make in layers.items():
+            self.add_module(name, make())
+        self.double()
+        self.run = forward
+
+    def forward(self, x):
+        return self.run(self, x)
+
+
+def linear(*args, **kwargs):
+    return lambda: nn.Linear(*args, **kwargs)
+
+
+def conv(*args, **kwargs):
+    return lambda: nn.Conv2d(*args, **kwargs)
+
+
+def normal(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+
+def own_losses(net, x):
+    """Each sample's own loss, nonlinear in every output, whatever the shape of the output."""
+    outputs = net(x).flatten(1)
+    return torch.logsumexp(outputs, 1) + (outputs * torch.arange(outputs.shape[1])).cos().sum(1)
+
+
+def capture(net, x, names=None):
+    recorder = LayerCapture(find_layers(net, names))
+    with recorder.recording():
+        losses = own_losses(net, x)
+    return recorder, losses
+
+
+def expected_gradients(net, names, x):
+    return per_sample_gradients(net, names, lambda net, one: own_losses(net, one).sum(), x)
+
+
+def assert_captured(net, x, names, listed=None):
+    recorder, losses = capture(net, x, listed)
+    assert recorder.reached == names
+    found = recorder.gradients(losses)
+    for layer, expected in zip(found, expected_gradients(net, names, x), strict=True):
+        assert_gradients(layer, expected)
+    return recorder
+
+
+# --- gradients of single layers, shapes drawn --------------------------------------------------
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    n=st.integers(1, 4),
+    positions=st.lists(st.integers(1, 3), max_size=2),
+    d_in=st.integers(1, 4),
+    d_out=st.integers(1, 4),
+    bias=st.booleans(),
+)
+def test_linear(n, positions, d_in, d_out, bias):
+    net = Net({"layer": linear(d_in, d_out, bias=bias)}, lambda net, x: net.layer(x))
+    assert_captured(net, normal(n, *positions, d_in), ["layer"])
+
+
+@st.composite
+def convolutions(draw):
+    """Arguments of a Conv2d, and an image that is large enough for it."""
+    kernel = draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
+    dilation = draw(st.tuples(st.integers(1, 2), st.integers(1, 2)))
+    padding = draw(st.sampled_from(["same", "valid", 0, 1, (2, 1)]))
+    stride = 1 if padding == "same" else draw(st.sampled_from([1, 2, (1, 3)]))
+    mode = draw(st.sampled_from(["zeros", "circular", "reflect", "replicate"]))
+    arguments = {
+        "in_channels": draw(st.integers(1, 2)),
+        "out_channels": draw(st.integers(1, 3)),
+        "kernel_size": kernel,
+        "dilation": dilation,
+        "padding": padding,
+        "stride": stride,
+        "padding_mode": mode,
+        "bias": draw(st.booleans()),
+    }
+    image = [5 + draw(st.integers(0, 3)) for _ in range(2)]  # a dilated kernel covers 5
+    return arguments, image
+
+
+@settings(deadline=None, max_examples=80)
+@given(n=st.integers(1, 3), drawn=convolutions())
+def test_conv2d(n, drawn):
+    arguments, image = drawn
+    with warnings.catch_warnings():
+        # torch says that an even kernel with padding="same" may copy the input.
+        warnings.filterwarnings("ignore", message="Using padding='same'")
+        net = Net({"layer": conv(**arguments)}, lambda net, x: net.layer(x))
+        assert_captured(net, normal(n, arguments["in_channels"], *image), ["layer"])
+
+
+# --- gradients in whole networks ---------------------------------------------------------------
+
+
+def attention(net, x):
+    """Mixes the tokens of a sample, never the samples."""
+    queries, keys, values = net.query(x), net.key(x), net.value(x)
+    mixed = (queries @ keys.transpose(1, 2)).softmax(2) @ values
+    return net.head(mixed.mean(1))
+
+
+def residual_in_place(net, x):
+    hidden = net.first(x)
+    hidden += F.relu(net.second(hidden.tanh()))
+    return net.head(hidden)
+
+
+NETWORKS = {
+    "mlp": (
+        {"a": linear(4, 6), "b": linear(6, 5, bias=False), "c": linear(5, CLASSES)},
+        lambda net, x: net.c(net.b(net.a(x).relu()).tanh()),
+        (4,),
+        ["a", "b", "c"],
+    ),
+    "in-place activations": (
+        {"a": linear(4, 6), "relu": lambda: nn.ReLU(inplace=True), "b": linear(6, CLASSES)},
+        lambda net, x: net.relu(net.b(net.relu(net.a(x)))),
+        (4,),
+        ["a", "b"],
+    ),
+    "in-place residual": (
+        {"first": linear(4, 5), "second": linear(5, 5), "head": linear(5, CLASSES)},
+        residual_in_place,
+        (4,),
+        ["first", "second", "head"],
+    ),
+    "cnn": (
+        {
+            "a": conv(1, 3, 3, stride=2, padding=1),
+            "b": conv(3, 2, 3, padding="same", padding_mode="circular"),
+            "c": linear(2 * 4 * 4, CLASSES),
+        },
+        lambda net, x: net.c(net.b(F.relu(net.a(x), inplace=True)).tanh().flatten(1)),
+        (1, 7, 8),
+        ["a", "b", "c"],
+    ),
+    "attention": (
+        {
+            "key": linear(4, 3, bias=False),
+            "query": linear(4, 3),
+            "value": linear(4, 5),
+            "head": linear(5, CLASSES),
+        },
+        attention,
+        (6, 4),
+        ["query", "key", "value", "head"],
+    ),
+    "called twice": (
+        {"shared": linear(4, 4), "head": linear(4, CLASSES)},
+        lambda net, x: net.head(net.shared(net.shared(x).tanh()).relu()),
+        (4,),
+        ["shared", "head"],
+    ),
+    "called on tokens and on their mean": (
+        {"shared": linear(4, 4, bias=False), "head": linear(4, CLASSES)},
+        lambda net, x: net.head(net.shared(net.shared(x).tanh().mean(1)).relu()),
+        (3, 4),
+        ["shared", "head"],
+    ),
+    "convolution called at two sizes": (
+        {"shared": conv(2, 2, 3, padding=1), "head": linear(2, CLASSES)},
+        lambda net, x: net.head(
+            net.shared(F.avg_pool2d(net.shared(x).relu(), 2)).tanh().mean((2, 3))
+        ),
+        (2, 6, 4),
+        ["shared", "head"],
+    ),
+    "by keyword": (
+        {"a": linear(4, 3), "b": linear(3, CLASSES)},
+        lambda net, x: net.b(input=net.a(input=x).tanh()),
+        (4,),
+        ["a", "b"],
+    ),
+    "output that the loss does not use": (
+        {"a": linear(4, 3), "aside": linear(3, 2), "b": linear(3, CLASSES)},
+        lambda net, x: [hidden := net.a(x).tanh(), net.aside(hidden), net.b(hidden)][-1],
+        (4,),
+        ["a", "aside", "b"],
+    ),
+    "checkpointed": (
+        {"a": linear(4, 5), "b": linear(5, 5), "c": linear(5, CLASSES)},
+        lambda net, x: net.c(
+            checkpoint(lambda h: net.b(h.tanh()).relu(), net.a(x), use_reentrant=False)
+        ),
+        (4,),
+        ["a", "b", "c"],
+    ),
+    "frames folded into the batch": (
+        {"a": linear(4, 3), "b": linear(3, CLASSES)},
+        lambda net, x: net.b(net.a(x.flatten(0, 1)).tanh().unflatten(0, x.shape[:2]).mean(1)),
+        (3, 4),
+        ["a", "b"],
+    ),
+    "images folded into the batch": (
+        {"a": conv(1, 2, 3, padding=1), "b": linear(2, CLASSES)},
+        lambda net, x: net.b(
+            net.a(x.flatten(0, 1)).tanh().mean((2, 3)).unflatten(0, x.shape[:2]).mean(1)
+        ),
+        (3, 1, 4, 4),
+        ["a", "b"],
+    ),
+}
+
+
+def build(name):
+    layers, forward, sample, order = NETWORKS[name]
+    return Net(layers, forward), normal(5, *sample, seed=3), order
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks(name):
+    net, x, order = build(name)
+    assert_captured(net, x, order)
+
+
+@pytest.mark.parametrize("frozen", [["a"], ["b"], ["a", "b"], ["a", "b", "c"]])
+def test_frozen_layers_are_captured_by_name(frozen):
+    net, x, order = build("mlp")
+    for layer in frozen:
+        net.get_submodule(layer).requires_grad_(False)
+    # The order of the list does not matter, the forward pass tells it.
+    assert_captured(net, x, order, listed=order[::-1])
+    if len(frozen) < 3:
+        assert_captured(net, x, [layer for layer in order if layer not in frozen])
+
+
+def test_frozen_convolution_is_captured_by_name():
+    net, x, order = build("cnn")
+    net.a.requires_grad_(False)
+    assert_captured(net, x, order, listed=order)
+
+
+def test_one_layer_of_many_by_name():
+    net, x, _ = build("cnn")
+    assert_captured(net, x, ["b"], listed=["b"])
+
+
+def test_layer_of_a_normalised_network_in_eval():
+    layers = {
+        "a": conv(1, 2, 3),
+        "bn": lambda: nn.BatchNorm2d(2),
+        "ln": lambda: nn.LayerNorm(2),
+        "c": linear(2, CLASSES),
+    }
+    net = Net(layers, lambda net, x: net.c(net.ln(net.bn(net.a(x)).relu().mean((2, 3)))))
+    net(normal(8, 1, 5, 5))  # running statistics that are not those of a new layer
+    assert_captured(net.eval(), normal(4, 1, 5, 5), ["a", "c"])
+
+
+def test_the_module_may_be_the_layer():
+    torch.manual_seed(0)
+    net, x = nn.Linear(3, 2, dtype=torch.float64), normal(4, 3)
+    recorder, losses = capture(net, x)
+    assert recorder.reached == [""]
+    assert_gradients(recorder.gradients(losses)[0], expected_gradients(net, [""], x)[0])
+
+
+def test_half_precision_is_widened():
+    net, x, _ = build("mlp")
+    recorder, losses = capture(net.bfloat16(), x.bfloat16())
+    kept = [g.squared_norms() for g in recorder.gradients(losses)]
+    kept += [*recorder.representations(5), recorder.fingerprints(5)]
+    assert {tensor.dtype for tensor in kept} == {torch.float32}
+
+
+# --- nothing is left behind, nothing is changed ------------------------------------------------
+
+
+def hooks(net):
+    return sum(len(layer._forward_hooks) for layer in net.modules())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_recording_changes_no_loss(name):
+    net, x, _ = build(name)
+    losses = capture(net, x)[1]
+    assert torch.equal(losses, own_losses(net, x))
+
+
+def test_no_gradient_of_a_parameter_is_touched():
+    net, x, _ = build("cnn")
+    net.a.weight.grad = torch.ones_like(net.a.weight)
+    recorder, losses = capture(net, x)
+    recorder.gradients(losses)
+    assert torch.equal(net.a.weight.grad, torch.ones_like(net.a.weight))
+    assert net.b.weight.grad is None
+    assert not any(g.squared_norms().requires_grad for g in recorder.gradients(capture(net, x)[1]))
+
+
+def test_hooks_are_gone_afterwards():
+    net, x, _ = build("mlp")
+    recorder = LayerCapture(find_layers(net))
+    with recorder.recording():
+        assert hooks(net) == 3
+    assert hooks(net) == 0
+    with pytest.raises(KeyError, match="inside"), recorder.recording():
+        net(x)
+        raise KeyError("inside")
+    assert hooks(net) == 0
+
+
+def test_hooks_of_others_stay_and_see_the_output():
+    net, x, _ = build("mlp")
+    seen = []
+    net.b.register_forward_hook(lambda _, args, out: seen.append(out.detach()))
+    capture(net, x)
+    assert hooks(net) == 1
+    torch.testing.assert_close(seen[0], net.b(net.a(x).relu()))
+
+
+def test_each_recording_starts_anew():
+    net, x, order = build("called twice")
+    recorder = LayerCapture(find_layers(net))
+    assert recorder.reached == []
+    for seed in range(2):
+        batch = x + seed
+        with recorder.recording():
+            losses = own_losses(net, batch)
+        expected = expected_gradients(net, order, batch)
+        for found, full in zip(recorder.gradients(losses), expected, strict=True):
+            assert_gradients(found, full)
+
+
+def test_recording_without_gradients():
+    net, x, order = build("mlp")
+    with_gradients = capture(net, x)[0]
+    with torch.no_grad():
+        recorder = capture(net, x)[0]
+    assert recorder.reached == order
+    for found, expected in zip(
+        recorder.representations(5), with_gradients.representations(5), strict=True
+    ):
+        assert torch.equal(found, expected)
+
+
+# --- representations and fingerprints ----------------------------------------------------------
+
+
+def test_representation_is_what_the_next_layer_receives_and_the_last_output():
+    net, x, _ = build("in-place activations")
+    first = F.relu(net.a(x))
+    # The activation after the last layer is not part of its output, though it works in place.
+    expected = [first, net.b(first)]
+    found = capture(net, x)[0].representations(5)
+    for h, slow in zip(found, expected, strict=True):
+        torch.testing.assert_close(h, slow, rtol=1e-12, atol=0)
+        assert not h.requires_grad
+
+
+def test_representation_follows_the_captured_layers_only():
+    net, x, _ = build("mlp")
+    recorder = capture(net, x, ["a", "c"])[0]
+    received = net.b(net.a(x).relu()).tanh()
+    for h, slow in zip(recorder.representations(5), [received, net.c(received)], strict=True):
+        torch.testing.assert_close(h, slow, rtol=1e-12, atol=0)
+
+
+def test_maps_and_tokens_are_averaged():
+    net, x, _ = build("cnn")
+    maps = F.relu(net.a(x))
+    flat = net.b(maps).tanh().flatten(1)
+    expected = [maps.mean((2, 3)), flat, net.c(flat)]
+    for h, slow in zip(capture(net, x)[0].representations(5), expected, strict=True):
+        torch.testing.assert_close(h, slow, rtol=1e-12, atol=0)
+
+    net, x, _ = build("attention")
+    found = capture(net, x, ["query", "value"])[0].representations(5)
+    expected = [x.mean(1), net.value(x).mean(1)]
+    for h, slow in zip(found, expected, strict=True):
+        torch.testing.assert_close(h, slow, rtol=1e-12, atol=0)
+
+
+def test_last_layer_that_is_a_convolution_is_averaged():
+    net = Net({"a": conv(1, 2, 3), "b": conv(2, 3, 2)}, lambda net, x: net.b(net.a(x).tanh()))
+    x = normal(4, 1, 6, 6)
+    expected = [net.a(x).tanh().mean((2, 3)), net(x).mean((2, 3))]
+    for h, slow in zip(capture(net, x)[0].representations(4), expected, strict=True):
+        torch.testing.assert_close(h, slow, rtol=1e-12, atol=0)
+
+
+def test_images_folded_into_the_batch_have_one_representation_per_sample():
+    layers, _, sample, _ = NETWORKS["images folded into the batch"]
+    layers = {**layers, "c": conv(2, 2, 1)}
+    net = Net(layers, lambda net, x: net.c(net.a(x.flatten(0, 1)).relu()).unflatten(0, (5, 3)))
+    x = normal(5, *sample)
+    recorder = capture(net, x, ["a", "c"])[0]
+    received = net.a(x.flatten(0, 1)).relu()
+    expected = [t.unflatten(0, (5, 3)).mean((1, 3, 4)) for t in (received, net.c(received))]
+    for h, slow in zip(recorder.representations(5), expected, strict=True):
+        torch.testing.assert_close(h, slow, rtol=1e-12, atol=0)
+    assert len(recorder.fingerprints(5)) == 5
+
+
+def test_fingerprints_are_the_features():
+    net, x, _ = build("mlp")
+    assert torch.equal(capture(net, x)[0].fingerprints(5), x)
+    net.a.weight.data += 1
+    assert torch.equal(capture(net, x)[0].fingerprints(5), x)
+
+
+def test_fingerprints_of_tokens_are_averaged():
+    net, x, _ = build("attention")
+    torch.testing.assert_close(capture(net, x)[0].fingerprints(5), x.mean(1))
+
+
+@pytest.mark.parametrize(("image", "width"), [((16, 24), 64), ((4, 16), 32), ((5, 6), 30)])
+def test_fingerprints_of_images_are_bounded(image, width):
+    net = Net({"a": conv(1, 1, 3)}, lambda net, x: net.a(x))
+    x = normal(3, 1, *image)
+    found = capture(net, x)[0].fingerprints(3)
+    assert found.shape == (3, width)
+    rows, columns = (side // 8 if side % 8 == 0 else 1 for side in image)
+    blocks = x.unfold(2, rows, rows).unfold(3, columns, columns).mean((4, 5))
+    torch.testing.assert_close(found, blocks.flatten(1))
+
+
+# --- which layers ------------------------------------------------------------------------------
+
+
+def test_layers_are_found_in_the_order_of_definition():
+    layers = {
+        "z": linear(2, 2),
+        "bn": lambda: nn.BatchNorm1d(2),
+        "block": lambda: nn.Sequential(nn.Conv2d(1, 1, 1), nn.Linear(2, 2)),
+        "embedding": lambda: nn.Embedding(3, 2),
+        "a": linear(2, 2),
+    }
+    net = Net(layers, lambda net, x: x)
+    assert list(find_layers(net)) == ["z", "block.0", "block.1", "a"]
+    net.z.weight.requires_grad_(False)
+    assert list(find_layers(net)) == ["block.0", "block.1", "a"]
+    found = find_layers(net, ["z", "block.0"])
+    assert found == {"z": net.z, "block.0": net.block[0]}
+
+
+def test_shared_layer_is_found_once():
+    net = Net({"a": linear(2, 2)}, lambda net, x: x)
+    net.again = net.a
+    assert list(find_layers(net)) == ["a"]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Sequential(nn.BatchNorm1d(3), nn.ReLU()),
+        lambda: nn.Linear(2, 2).requires_grad_(False),
+        lambda: nn.Conv2d(2, 2, 1, groups=2),
+    ],
+)
+def test_model_without_a_layer_to_capture_is_refused(make):
+    with pytest.raises(CaptureError, match=r"no trainable Linear or Conv2d.*layers=\[\.\.\.\]"):
+        find_layers(make())
+
+
+def test_missing_name_is_refused_and_the_known_ones_are_listed():
+    net, _, _ = build("in-place activations")
+    with pytest.raises(CaptureError, match=r"'c' does not exist.*\['a', 'b'\]"):
+        find_layers(net, ["a", "c"])
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [(nn.ReLU, "ReLU"), (lambda: nn.Conv2d(2, 2, 1, groups=2), "Conv2d")],
+)
+def test_name_of_a_layer_that_cannot_be_captured_is_refused(make, kind):
+    net = nn.Sequential(nn.Linear(2, 2), make())
+    with pytest.raises(CaptureError, match=f"'1' is a {kind}, which cannot be captured"):
+        find_layers(net, ["0", "1"])
+
+
+def test_grouped_convolution_is_left_out_with_a_warning():
+    net = nn.Sequential(nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1, groups=2))
+    with pytest.warns(UserWarning, match=r"groups are not captured.*\['1'\]"):
+        assert list(find_layers(net)) == ["0"]

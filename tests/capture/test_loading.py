@@ -1,0 +1,129 @@
+import time
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import Dataset, default_collate
+
+from lightning_dvc.capture.loading import load_batches
+
+
+class Rows(Dataset):
+    """Sample ``i`` is ``(i, i + 0.5, ...)``; what stands in ``odd`` happens instead."""
+
+    def __init__(self, odd=None, width=3):
+        self.odd, self.width = odd or {}, width
+
+    def __getitem__(self, i):
+        odd = self.odd.get(i)
+        if isinstance(odd, Exception):
+            raise odd
+        return torch.arange(self.width) / 2 + i if odd is None else odd
+
+
+class Slow(Rows):
+    def __getitem__(self, i):
+        time.sleep(0.2 if i == 0 else 0.0)
+        return super().__getitem__(i)
+
+
+class Unknown:
+    """No collate function of torch knows what to do with it."""
+
+
+def load(ids, dataset=None, collate=default_collate, batch_size=4, num_workers=0):
+    ids = torch.tensor(ids, dtype=torch.int64)
+    return list(load_batches(dataset or Rows(), ids, collate, batch_size, num_workers))
+
+
+def loaded_ids(batches):
+    return [batch.ids.tolist() for batch in batches]
+
+
+def reasons(batches):
+    return {entry.id: entry.reason for batch in batches for entry in batch.bad}
+
+
+def assert_rows_match_ids(batches):
+    for batch in batches:
+        assert batch.ids.dtype == torch.int64
+        assert len(batch.samples) == len(batch.ids)
+        if len(batch.ids):
+            expected = batch.ids[:, None] + torch.arange(3) / 2
+            assert torch.equal(batch.batch, expected)
+            assert torch.equal(torch.stack(batch.samples), expected)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    ids=st.lists(st.integers(0, 20), max_size=12),
+    broken=st.sets(st.integers(0, 20)),
+    unfit=st.sets(st.integers(0, 20)),
+    batch_size=st.integers(1, 5),
+)
+def test_the_readable_ones_arrive_in_order_and_the_others_are_named(ids, broken, unfit, batch_size):
+    odd = {**dict.fromkeys(unfit, Unknown()), **{i: KeyError(i) for i in broken}}
+    batches = load(ids, Rows(odd), batch_size=batch_size)
+    parts = [ids[start : start + batch_size] for start in range(0, len(ids), batch_size)]
+    assert loaded_ids(batches) == [[i for i in part if i not in odd] for part in parts]
+    assert [sorted(entry.id for entry in batch.bad) for batch in batches] == [
+        sorted(i for i in part if i in odd) for part in parts
+    ]
+    assert_rows_match_ids(batches)
+
+
+def test_reasons_say_what_was_raised_and_where():
+    dataset = Rows({2: ValueError("torn page"), 5: Unknown()})
+    found = reasons(load(range(8), dataset))
+    assert found[2] == "reading it raised ValueError: torn page"
+    assert found[5].startswith("collating it raised TypeError: default_collate")
+
+
+def test_batch_without_a_readable_sample():
+    batches = load([0, 1, 2], Rows({0: OSError(), 1: OSError()}), batch_size=2)
+    assert loaded_ids(batches) == [[], [2]]
+    assert batches[0].batch is None
+    assert batches[0].samples == []
+    assert sorted(reasons(batches)) == [0, 1]
+
+
+@pytest.mark.parametrize("odd", [0, 2, 3])
+def test_sample_of_another_shape_does_not_take_its_batch_along(odd):
+    # It makes a batch of one, but none with the others.
+    batches = load(range(8), Rows({odd: torch.zeros(2)}))
+    assert loaded_ids(batches) == [[i for i in range(4) if i != odd], [4, 5, 6, 7]]
+    assert reasons(batches)[odd].startswith("collating it")
+    assert_rows_match_ids(batches)
+
+
+def test_collate_that_always_fails_names_every_sample():
+    def collate(samples):
+        raise RuntimeError("no batches today")
+
+    batches = load(range(3), collate=collate)
+    assert loaded_ids(batches) == [[]]
+    assert set(reasons(batches).values()) == {"collating it raised RuntimeError: no batches today"}
+
+
+def test_the_users_collate_makes_the_batch():
+    batches = load(range(3), collate=lambda samples: {"x": torch.stack(samples).sum(0), "n": 3})
+    assert batches[0].batch["x"].tolist() == [3, 4.5, 6]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+def test_worker_processes_give_the_same_in_the_same_order():
+    odd = {3: ValueError("torn"), 6: Unknown(), 8: OSError("gone")}
+    here = load(range(10), Rows(odd))
+    there = load(range(10), Slow(odd), num_workers=2)
+    assert loaded_ids(there) == loaded_ids(here)
+    assert reasons(there) == reasons(here)
+    assert_rows_match_ids(there)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_global_random_state_is_not_touched(num_workers):
+    before = torch.get_rng_state()
+    load(range(6), num_workers=num_workers)
+    assert torch.equal(before, torch.get_rng_state())

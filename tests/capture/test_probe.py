@@ -1,0 +1,511 @@
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.oracles import assert_gradients, per_sample_gradients, predictive_entropy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lightning.pytorch import LightningModule
+from torch import nn
+from torch.utils.data import Dataset, default_collate
+
+from lightning_dvc.capture.guard import undisturbed
+from lightning_dvc.capture.objective import resolve_objective
+from lightning_dvc.capture.probe import Probe, join, rows
+from lightning_dvc.capture.snapshots import Snapshots
+from lightning_dvc.errors import BadSampleError, CaptureError, ObjectiveError
+
+WIDTH, CLASSES, SIZE = 4, 3, 12
+POISON = 1e6  # a feature that makes Net raise
+
+
+class Net(LightningModule):
+    """Three layers in double precision, one of them not called; raises where it meets poison."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.unused = nn.Linear(2, 2)
+        self.head = nn.Linear(5, CLASSES)  # defined first, called last
+        self.body = nn.Sequential(nn.Linear(WIDTH, 5), nn.BatchNorm1d(5), nn.ReLU(inplace=True))
+        self.double()
+
+    def forward(self, x):
+        if (x == POISON).any():
+            raise ValueError("poison")
+        return self.head(self.body(x))
+
+    def training_step(self, batch, batch_idx=0):
+        x, y = batch
+        return F.cross_entropy(self(x), y)
+
+
+def sample(i, width=WIDTH):
+    generator = torch.Generator().manual_seed(i)
+    return torch.randn(width, dtype=torch.float64, generator=generator), i % CLASSES
+
+
+class Samples(Dataset):
+    """Sample ``i`` is drawn from seed ``i``; ``features`` replaces some, exceptions are raised."""
+
+    def __init__(self, features=None):
+        self.features = features or {}
+
+    def __getitem__(self, i):
+        x, y = sample(i)
+        odd = self.features.get(i)
+        if isinstance(odd, Exception):
+            raise odd
+        if odd is None:
+            return x, y
+        return (torch.full_like(x, odd), y) if isinstance(odd, float) else (odd, y)
+
+
+def make_probe(net=None, collate=default_collate, objective=None, **settings):
+    net = net or Net()
+    return Probe(net, resolve_objective(net, objective), collate, **{"batch_size": 4, **settings})
+
+
+def look(probe, ids=range(SIZE), dataset=None, **settings):
+    ids = torch.tensor(list(ids), dtype=torch.int64)
+    with undisturbed(probe.module):
+        return probe.capture_all(dataset or Samples(), ids, **settings)
+
+
+def loss_of_one(net, x, y):
+    return F.cross_entropy(net(x), y)
+
+
+def stacked(ids):
+    drawn = [sample(i) for i in ids]
+    return torch.stack([x for x, _ in drawn]), torch.tensor([y for _, y in drawn])
+
+
+def own_losses(net, ids):
+    net = copy.deepcopy(net).eval()
+    return [loss_of_one(net, *stacked([i])).item() for i in ids]
+
+
+def assert_captured(captured, net, ids):
+    """Everything about the samples ``ids`` in the present state, one by one."""
+    ids, net = list(ids), copy.deepcopy(net).eval()
+    x, y = stacked(ids)
+    assert captured.ids.tolist() == ids
+    assert captured.labels.tolist() == y.tolist()
+    assert len(captured) == len(ids)
+    hidden = net.body(x)
+    logits = net.head(hidden)
+    # Losses and confidences are kept in single precision.
+    torch.testing.assert_close(captured.losses[:, 0], torch.tensor(own_losses(net, ids)))
+    true = logits.softmax(1).gather(1, y[:, None])
+    torch.testing.assert_close(captured.confidence[:, :1], true.float())
+    entropies = torch.tensor([predictive_entropy(z) for z in logits], dtype=torch.float64)
+    torch.testing.assert_close(captured.predictive, entropies, rtol=1e-10, atol=1e-10)
+    for found, expected in zip(captured.representations, [hidden, logits], strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(captured.fingerprints, x)
+    slow = per_sample_gradients(net, ["body.0", "head"], loss_of_one, x, y)
+    for found, expected in zip(captured.gradients, slow, strict=True):
+        assert_gradients(found, expected)
+
+
+def assert_same(left, right):
+    assert torch.equal(left.ids, right.ids)
+    assert torch.equal(left.labels, right.labels)
+    for name in ("losses", "confidence", "predictive", "fingerprints"):
+        torch.testing.assert_close(getattr(left, name), getattr(right, name), equal_nan=True)
+    for a, b in zip(left.representations, right.representations, strict=True):
+        torch.testing.assert_close(a, b)
+    for a, b in zip(left.gradients, right.gradients, strict=True):
+        for name, tensor in a.tensors().items():
+            torch.testing.assert_close(tensor, b.tensors()[name])
+
+
+def reasons(probe):
+    return {entry.id: entry.reason for entry in probe.bad}
+
+
+# --- what is captured --------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    ids=st.lists(st.integers(0, 50), min_size=1, max_size=9),
+    batch_size=st.integers(1, 10),
+)
+def test_every_figure_is_the_samples_own_and_in_order(ids, batch_size):
+    probe = make_probe(batch_size=batch_size)
+    assert_captured(look(probe, ids), probe.module, ids)
+    assert probe.bad == []
+
+
+def test_batches_come_in_order():
+    probe = make_probe()
+    ids = torch.tensor([7, 3, 11, 0, 5, 9])
+    with undisturbed(probe.module):
+        parts = list(probe.capture(Samples(), ids))
+    assert [part.ids.tolist() for part in parts] == [[7, 3, 11, 0], [5, 9]]
+    for part in parts:
+        assert_captured(part, probe.module, part.ids.tolist())
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+def test_worker_processes_give_the_same():
+    dataset = Samples({2: OSError("torn"), 5: POISON, 9: torch.nan})
+    here, there = make_probe(), make_probe(num_workers=2)
+    assert_same(look(there, dataset=dataset), look(here, dataset=dataset))
+    assert there.bad == here.bad
+
+
+def test_without_gradients():
+    probe = make_probe()
+    captured = look(probe, gradients=False)
+    assert captured.gradients == []
+    assert_same(captured, replace(look(probe), gradients=[]))
+
+
+def test_nothing_keeps_a_graph():
+    captured = look(make_probe())
+    kept = [captured.losses, captured.confidence, captured.predictive, captured.fingerprints]
+    kept += captured.representations
+    kept += [tensor for layer in captured.gradients for tensor in layer.tensors().values()]
+    assert not any(tensor.requires_grad for tensor in kept)
+
+
+def test_prepare_and_context_are_used():
+    seen = []
+
+    class Context:
+        def __enter__(self):
+            seen.append("in")
+
+        def __exit__(self, *error):
+            seen.append("out")
+
+    def prepare(batch):
+        seen.append(len(batch[0]))
+        return batch[0] + 1, batch[1]
+
+    probe = make_probe(prepare=prepare, context=Context, batch_size=8)
+    found = look(probe)
+    assert seen == [8, "in", "out", 4, "in", "out"]
+    torch.testing.assert_close(found.fingerprints, stacked(range(SIZE))[0] + 1)
+
+
+def test_regression_has_no_predictive_uncertainty_and_no_labels():
+    class Regression(Net):
+        def training_step(self, batch, batch_idx=0):
+            return F.mse_loss(self(batch[0]), batch[0][:, :CLASSES])
+
+    captured = look(make_probe(Regression()))
+    assert captured.predictive.isnan().all()
+    assert captured.labels.tolist() == [-1] * SIZE
+    torch.testing.assert_close(captured.confidence, -captured.losses)
+
+
+# --- earlier states ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_snapshots_give_the_losses_under_earlier_states(fails):
+    net, snapshots, states = Net(), Snapshots(window=2), []
+    for seed in range(3):  # the first of three is forgotten
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        net.train()(torch.randn(6, WIDTH, dtype=torch.float64))  # moves running means as well
+        snapshots.push(net)
+        states.insert(0, copy.deepcopy(net))
+    with torch.no_grad():
+        net.body[0].weight.mul_(0.3)
+    before = copy.deepcopy(net.state_dict())
+    dataset = Samples({4: POISON} if fails else {})
+    captured = look(make_probe(net), dataset=dataset, snapshots=snapshots)
+    ids = [i for i in range(SIZE) if not (fails and i == 4)]
+    assert captured.losses.shape == captured.confidence.shape == (len(ids), 3)
+    # Gradients, representations and the first column belong to the present state.
+    assert_captured(captured, net, ids)
+    for age in range(2):
+        expected = torch.tensor(own_losses(states[age], ids))
+        torch.testing.assert_close(captured.losses[:, 1 + age], expected)
+        torch.testing.assert_close(captured.confidence[:, 1 + age], (-expected).exp())
+    torch.testing.assert_close(dict(net.state_dict()), dict(before), rtol=0, atol=0)
+
+
+# --- samples set aside -------------------------------------------------------------------------
+
+TROUBLE = {
+    "raises when read": (OSError("torn page"), "reading it raised OSError: torn page"),
+    "cannot be collated": (object(), "collating it raised TypeError"),
+    "poisons the model": (POISON, "the model raised ValueError: poison"),
+    "not a number": (torch.nan, "its loss or a feature is not finite"),
+    "infinite": (torch.inf, "its loss or a feature is not finite"),
+}
+
+
+@pytest.mark.parametrize("trouble", TROUBLE)
+@pytest.mark.parametrize("place", [[0], [3], [6], [11], [5, 6], [0, 1, 2, 3, 9]])
+def test_bad_samples_are_set_aside_and_the_others_unaffected(trouble, place):
+    odd, reason = TROUBLE[trouble]
+    probe = make_probe()
+    captured = look(probe, dataset=Samples(dict.fromkeys(place, odd)))
+    assert_captured(captured, probe.module, [i for i in range(SIZE) if i not in place])
+    assert sorted(reasons(probe)) == place
+    assert all(found.startswith(reason) for found in reasons(probe).values())
+
+
+def test_all_troubles_at_once():
+    odd = {i: what for i, (what, _) in enumerate(TROUBLE.values())}
+    probe = make_probe(batch_size=16)
+    captured = look(probe, dataset=Samples(odd))
+    assert_captured(captured, probe.module, range(len(odd), SIZE))
+    for i, (_, reason) in enumerate(TROUBLE.values()):
+        assert reasons(probe)[i].startswith(reason)
+
+
+@pytest.mark.parametrize("trouble", TROUBLE)
+def test_bad_sample_can_be_an_error(trouble):
+    odd, reason = TROUBLE[trouble]
+    probe = make_probe(on_bad_sample="raise")
+    expected = rf"sample 6 cannot be scored: {reason}.*on_bad_sample=\"set_aside\""
+    with pytest.raises(BadSampleError, match=expected):
+        look(probe, dataset=Samples({6: odd}))
+    assert_captured(look(probe), probe.module, range(SIZE))  # usable afterwards
+
+
+def test_sample_of_another_width_is_set_aside():
+    odd = torch.zeros(WIDTH + 1, dtype=torch.float64)
+    probe = make_probe()
+    captured = look(probe, dataset=Samples({2: odd}))
+    assert_captured(captured, probe.module, [i for i in range(SIZE) if i != 2])
+    assert list(reasons(probe)) == [2]
+
+
+class NotFinite(Net):
+    """Looks at the features only where they are marked, to be not finite at one place alone."""
+
+    def __init__(self, where):
+        super().__init__()
+        self.where = where
+
+    def training_step(self, batch, batch_idx=0):
+        x, y = batch
+        marked = (x == 7).all(1)
+        hidden = self.body(x)
+        if self.where == "feature":
+            hidden = torch.where(marked[:, None], torch.nan, hidden)
+        logits = self.head(hidden)
+        if self.where == "feature":  # of the hidden layer only
+            logits = torch.where(marked[:, None], 0.0, logits)
+        losses = F.cross_entropy(logits, y, reduction="none")
+        if self.where == "loss":
+            losses = losses * torch.where(marked, torch.inf, 1.0)
+        if self.where == "gradient":  # sqrt(0) has an infinite slope
+            losses = losses + (hidden.square().sum(1) * ~marked).sqrt()
+        return losses.mean()
+
+
+@pytest.mark.parametrize("where", ["feature", "loss", "gradient"])
+def test_whatever_is_not_finite_sets_a_sample_aside(where):
+    probe = make_probe(NotFinite(where))
+    captured = look(probe, dataset=Samples({5: 7.0}))
+    assert captured.ids.tolist() == [i for i in range(SIZE) if i != 5]
+    assert list(reasons(probe)) == [5]
+    for layer in captured.gradients:
+        assert layer.squared_norms().isfinite().all()
+
+
+def test_loss_that_was_not_finite_in_an_earlier_state():
+    net, snapshots = Net(), Snapshots(window=1)
+    with torch.no_grad():
+        net.head.weight.mul_(1e30)
+        snapshots.push(net)
+        net.head.weight.mul_(1e-30)
+    # Losses are kept in single precision, which this one leaves in the earlier state alone.
+    probe = make_probe(net)
+    captured = look(probe, dataset=Samples({1: 1e10}), snapshots=snapshots)
+    assert captured.ids.tolist() == [0, *range(2, SIZE)]
+    assert reasons(probe) == {1: "its loss or a feature is not finite"}
+    assert captured.losses.isfinite().all()
+
+
+def test_no_usable_sample_is_an_error_with_reasons():
+    probe = make_probe()
+    with pytest.raises(CaptureError, match=r"none of 3 samples .*torn page; .*poison; .*finite"):
+        look(probe, range(3), Samples({0: OSError("torn page"), 1: POISON, 2: torch.nan}))
+    with pytest.raises(CaptureError, match="none of 0 samples .*no samples were given"):
+        look(make_probe(), [])
+
+
+def test_model_that_always_raises_is_not_taken_for_bad_samples():
+    class Broken(Net):
+        def forward(self, x):
+            raise NotImplementedError("not written yet")
+
+    probe = make_probe(Broken())
+    with pytest.raises(NotImplementedError, match="not written yet"):
+        look(probe)
+    few = make_probe(Broken(), batch_size=32)
+    with pytest.raises(CaptureError, match="none of 12 samples .*not written yet"):
+        look(few)
+
+
+def test_later_bad_samples_are_many_but_the_model_is_sound():
+    probe = make_probe(batch_size=2)
+    captured = look(probe, dataset=Samples(dict.fromkeys(range(1, SIZE), POISON)))
+    assert captured.ids.tolist() == [0]
+    assert sorted(reasons(probe)) == list(range(1, SIZE))
+
+
+def test_refusals_of_the_library_are_passed_on():
+    probe = make_probe(objective=lambda net, batch: (net(batch[0]).sum(), None))
+    with pytest.raises(ObjectiveError, match="one float per sample"):
+        look(probe)
+    assert probe.bad == []
+
+
+# --- layers ------------------------------------------------------------------------------------
+
+
+def test_layers_are_those_reached_in_the_order_of_the_pass():
+    probe = make_probe()
+    assert probe.captured_layers == {}
+    captured = look(probe, range(3))
+    assert list(probe.captured_layers) == ["body.0", "head"]
+    assert probe.captured_layers["head"] is probe.module.head
+    assert [h.shape[1] for h in captured.representations] == [5, CLASSES]
+
+
+def test_named_layers_in_the_order_of_the_pass():
+    probe = make_probe(layers=["head", "body.0"])
+    assert_captured(look(probe), probe.module, range(SIZE))
+    assert list(probe.captured_layers) == ["body.0", "head"]
+    only = make_probe(layers=["head"])
+    assert len(look(only).gradients) == 1
+
+
+def test_named_layer_that_is_never_reached_is_refused():
+    probe = make_probe(layers=["head", "unused"])
+    with pytest.raises(CaptureError, match=r"never called the layers \['unused'\].*\['head'\]"):
+        look(probe)
+
+
+def test_model_that_reaches_no_layer_is_refused():
+    probe = make_probe(
+        objective=lambda net, batch: (net.body[1].weight.sum() * batch[0][:, 0],) * 2
+    )
+    with pytest.raises(CaptureError, match="never called the layers"):
+        look(probe)
+
+
+def test_name_that_does_not_exist_is_refused_at_once():
+    with pytest.raises(CaptureError, match="'tail' does not exist"):
+        make_probe(layers=["tail"])
+
+
+class Branching(Net):
+    """Calls another layer, or in another order, where the first sample of a batch says so."""
+
+    def __init__(self):
+        super().__init__()
+        self.other = nn.Linear(WIDTH, 5, dtype=torch.float64)
+
+    def forward(self, x):
+        if (x[0] == 7).all():
+            aside = self.other(x)
+            return self.head(self.body(x) + aside)
+        return self.head(self.body(x))
+
+
+def test_layers_must_stay_the_same():
+    probe = make_probe(Branching())
+    with pytest.raises(CaptureError, match=r"called the layers .* before; name layers"):
+        look(probe, dataset=Samples({0: 7.0}))
+
+
+def test_layers_are_settled_by_the_first_batch():
+    probe = make_probe(Branching())
+    captured = look(probe, dataset=Samples({4: 7.0}))
+    assert list(probe.captured_layers) == ["body.0", "head"]
+    assert len(captured.gradients) == 2
+
+
+def test_naming_the_layers_that_every_batch_calls_helps():
+    probe = make_probe(Branching(), layers=["body.0", "head"])
+    assert len(look(probe, dataset=Samples({0: 7.0}))) == SIZE
+
+
+# --- batches of different lengths --------------------------------------------------------------
+
+
+class Sentences(Dataset):
+    """Sample ``i`` has ``lengths[i]`` tokens."""
+
+    def __init__(self, lengths):
+        self.lengths = lengths
+
+    def __getitem__(self, i):
+        return torch.stack([sample(50 * i + t)[0] for t in range(self.lengths[i])]), i % CLASSES
+
+
+def pad(samples):
+    tokens = nn.utils.rnn.pad_sequence([x for x, _ in samples], batch_first=True)
+    return tokens, torch.tensor([y for _, y in samples])
+
+
+class Reader(LightningModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Linear(WIDTH, 3), nn.Linear(3, CLASSES)
+        self.double()
+
+    def forward(self, tokens):
+        there = (tokens != 0).any(2, keepdim=True)
+        return self.head((self.embed(tokens).tanh() * there).sum(1) / there.sum(1))
+
+    def training_step(self, batch, batch_idx=0):
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+
+def test_batches_padded_to_different_lengths_are_joined():
+    lengths = [1, 2, 2, 1, 3, 9, 4, 8, 5, 4]
+    net, dataset = Reader(), Sentences(lengths)
+    probe = make_probe(net, collate=pad, batch_size=4)
+    captured = look(probe, range(len(lengths)), dataset)
+    tokens, labels = pad([dataset[i] for i in range(len(lengths))])
+    slow = per_sample_gradients(net, ["embed", "head"], loss_of_one, tokens, labels)
+    for found, expected in zip(captured.gradients, slow, strict=True):
+        assert_gradients(found, expected)
+    assert probe.bad == []
+
+
+# --- rows and join -----------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    mask=st.lists(st.booleans(), min_size=SIZE, max_size=SIZE).filter(any),
+    cut=st.integers(1, SIZE - 1),
+)
+def test_rows_and_join(mask, cut):
+    net = Net()
+    whole = look(make_probe(net))
+    keep = torch.tensor(mask)
+    assert_captured(rows(whole, keep), net, [i for i in range(SIZE) if mask[i]])
+    first = torch.arange(SIZE) < cut
+    assert_captured(
+        join([rows(whole, ~first), rows(whole, first)]), net, [*range(cut, SIZE), *range(cut)]
+    )
+
+
+def test_join_without_gradients():
+    probe = make_probe()
+    parts = [look(probe, ids, gradients=False) for ids in ([3, 1], [2])]
+    joined = join(parts)
+    assert joined.ids.tolist() == [3, 1, 2]
+    assert joined.gradients == []
+    assert_same(joined, look(probe, [3, 1, 2], gradients=False))

@@ -1,0 +1,85 @@
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_dvc.policy.surrogate import FitError, propose
+
+BEST = torch.tensor([0.7, 0.3], dtype=torch.float64)
+
+
+def column(numbers):
+    return torch.as_tensor(numbers, dtype=torch.float64).view(-1, 1)
+
+
+def mixes(n, d=2, seed=0):
+    """Points of the simplex, its corners first."""
+    generator = torch.Generator().manual_seed(seed)
+    points = -torch.rand(n - d, d, generator=generator, dtype=torch.float64).log()
+    return torch.cat([torch.eye(d, dtype=torch.float64), points / points.sum(1, keepdim=True)])
+
+
+@pytest.mark.parametrize("d", [2, 3])
+@pytest.mark.parametrize("n_starts", [0, 2])
+def test_proposals_lie_on_the_simplex(d, n_starts):
+    weights = mixes(6, d)
+    starts = mixes(n_starts + d, d, seed=1)[:n_starts]
+    found = propose(weights, column(torch.arange(6) / 10), weights[:, :1], 0.6, starts, seed=0)
+    assert found.shape == (d,)
+    assert found.dtype == torch.float64
+    assert (found >= 0).all()
+    assert found.sum().item() == pytest.approx(1, abs=1e-12)
+
+
+def test_proposes_the_best_weights_at_the_present_progress():
+    """The best mix moves with progress, from (0.2, 0.8) at 0 to (0.8, 0.2) at 1."""
+    past = column([0.0] * 8 + [1.0] * 8)
+    weights = torch.cat([mixes(8), mixes(8, seed=1)])
+    scores = past - (weights[:, :1] - (0.2 + 0.6 * past)) ** 2
+    for progress, best in ((0.0, 0.2), (1.0, 0.8)):
+        found = propose(weights, past, scores, progress, weights, seed=0)
+        assert found[0].item() == pytest.approx(best, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [[0.3] * 4, [0.3, 0.3, 0.3, 0.3 + 1e-12], [1e300, -1e300, 0, 0], [1.0, 2.0, 3.0, math.nan]],
+)
+def test_scores_without_a_usable_spread_are_refused(scores):
+    weights = mixes(4)
+    with pytest.raises(FitError, match="standard deviation"):
+        propose(weights, column([0.0] * 4), column(scores), 0.0, weights, seed=0)
+
+
+def test_the_scale_of_the_scores_does_not_matter():
+    weights, past = mixes(6), column([0.0] * 6)
+    scores = -((weights - BEST) ** 2).sum(1, keepdim=True)
+    small, large = (propose(weights, past, s * scores, 0.0, weights, 0) for s in (2**-20, 2**20))
+    torch.testing.assert_close(small, large, rtol=0, atol=1e-6)
+
+
+def test_what_botorch_refuses_becomes_our_error_and_leaves_the_generators_alone():
+    weights = mixes(4)
+    weights[1, 0] = math.nan
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
+    with pytest.raises(FitError, match="could not be fitted") as caught:
+        propose(weights, column([0.0] * 4), column([1, 2, 3, 4]), 0.0, weights, seed=0)
+    assert caught.value.__cause__ is not None
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (np.random.get_state()[1] == before[1]).all()  # noqa: NPY002
+    assert random.getstate() == before[2]
+
+
+def test_global_generators_are_untouched_and_do_not_matter():
+    weights, past = mixes(5), column(torch.arange(5) / 10)
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
+        before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+        found.append(propose(weights, past, weights[:, :1], 0.5, weights, seed=0))
+        assert torch.equal(torch.get_rng_state(), before[0])
+        assert (np.random.get_state()[1] == before[1]).all()  # noqa: NPY002
+    assert torch.equal(*found)
