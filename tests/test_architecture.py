@@ -108,7 +108,7 @@ def test_every_module_has_a_floor_and_imports_nothing_from_above(module):
     assert above == {}, f"{module} is on floor {floor}"
 
 
-def test_lightning_is_imported_only_where_the_page_says():
+def test_lightning_is_imported_only_where_it_may_be():
     using = {module for module in MODULES if imports(module)[1] & LIGHTNING}
     assert using <= MAY_IMPORT_LIGHTNING
     assert "capture/objective.py" in using  # the search finds what is there

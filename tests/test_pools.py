@@ -228,9 +228,17 @@ def test_a_draw_from_ten_million_looks_at_few(huge):
     assert Counted.touched < 10_000
 
 
-def test_the_count_of_looks_sees_a_scan(huge):
-    huge.draw(0, 6_000_000, "more than half")
-    assert Counted.touched >= 10_000_000
+def test_a_draw_of_most_samples_looks_at_each_once(huge):
+    assert len(huge.draw(0, 6_000_000, "more than half")) == 6_000_000
+    assert Counted.touched == 10_000_000
+
+
+def test_a_draw_of_the_last_free_samples_looks_at_each_once():
+    pools = with_free(100_000, np.arange(0, 100_000, 10_000))
+    pools._status = pools._status.view(Counted)
+    Counted.touched = 0
+    assert len(pools.draw(0, 10, "the last")) == 10
+    assert Counted.touched == 100_000
 
 
 # -- states of samples
@@ -360,5 +368,7 @@ def test_shares_that_cannot_be_kept_together_are_refused():
         Pools({"a": Source(Numbered(1), 0, 0.4), "b": Source(Numbered(1), 0, 0.5)})
 
 
-def test_shares_may_add_up_to_one_but_for_rounding():
-    Pools({str(k): Source(Numbered(1), 0.1, 0.1) for k in range(10)})
+@pytest.mark.parametrize(("share", "n_arms"), [(0.1, 10), (0.05, 20)])
+def test_shares_may_add_up_to_one_but_for_rounding(share, n_arms):
+    assert sum([share] * n_arms) != 1
+    Pools({str(k): Source(Numbered(1), share, share) for k in range(n_arms)})

@@ -19,25 +19,25 @@ def per_sample_gradients(module, names, loss_of_one, *batch):
     a copy that can be differentiated everywhere, so frozen layers have gradients too.
     """
     module = copy.deepcopy(module).requires_grad_(True)
-    found = {name: [] for name in names}
+    layers = [module.get_submodule(name) for name in names]
+    found = [[] for _ in names]
     for i in range(len(batch[0])):
         loss = loss_of_one(module, *(part[i : i + 1] for part in batch))
-        for name in names:
-            found[name].append(_full_gradient(loss, module.get_submodule(name)))
-    return [torch.stack(found[name]) for name in names]
+        for rows, full in zip(found, _full_gradients(loss, layers), strict=True):
+            rows.append(full)
+    return [torch.stack(rows) for rows in found]
 
 
-def _full_gradient(loss, layer):
-    weight = _gradient(loss, layer.weight).flatten(1)
-    if layer.bias is None:
-        return weight
-    return torch.cat([weight, _gradient(loss, layer.bias)[:, None]], dim=1)
-
-
-def _gradient(loss, parameter):
-    return torch.autograd.grad(
-        loss, parameter, retain_graph=True, allow_unused=True, materialize_grads=True
-    )[0]
+def _full_gradients(loss, layers):
+    parameters = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
+    gradients = iter(
+        torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+    )
+    for layer in layers:
+        full = next(gradients).flatten(1)
+        if layer.bias is not None:
+            full = torch.cat([full, next(gradients)[:, None]], dim=1)
+        yield full
 
 
 def numbers(tensor):

@@ -140,7 +140,7 @@ def test_only_proportions_count(problem, factor):
 
 
 def test_ties_go_to_the_lower_position():
-    assert divided(7, [1, 1, 1, 1, 1], [0] * 5, [9] * 5) == [2, 2, 1, 1, 1]
+    assert divided(43, [1] * 40, [0] * 40, [9] * 40) == [2] * 3 + [1] * 37
     assert divided(2, [0.1, 0.7, 0.1, 0.1], [0] * 4, [9, 0, 9, 9]) == [1, 0, 1, 0]
 
 
@@ -155,6 +155,11 @@ def test_vanishing_shares_come_last_and_share_equally(tiny):
     assert divided(5, [tiny, 1, 0], [0] * 3, [9] * 3) == [0, 5, 0]
     assert divided(13, [tiny, 1, 0], [0] * 3, [9] * 3) == [2, 9, 2]
     assert divided(9, [tiny, 0, 0], [0] * 3, [9] * 3) == [3, 3, 3]
+
+
+def test_a_small_share_is_not_a_vanishing_one():
+    assert divided(13, [1e-100, 1, 0], [0] * 3, [9] * 3) == [4, 9, 0]
+    assert divided(13, [3e-100, 1, 1e-100], [0] * 3, [9] * 3) == [3, 9, 1]
 
 
 def test_quotas_that_the_bounds_do_not_allow():

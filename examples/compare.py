@@ -1,0 +1,251 @@
+"""Select from six unequal sources, then train from scratch: at random, by DVC, knowing the truth.
+
+Every model is trained for the same number of steps on the same number of samples, and judged on
+the test set at its last step. The figure of merit is the share of the way from random selection to
+uniform selection from the truly clean samples.
+"""
+
+import logging
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
+
+from examples.classifier import Classifier
+from examples.sources import Part
+from lightning_dvc import DVCCallback, DVCDataModule
+from lightning_dvc.strategies.base import Strategy
+
+BATCH_SIZE = 128
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A data set, dealt out to sources, and how long to train on it.
+
+    Attributes:
+        parts: Name to source.
+        val: Clean held-out samples: what candidates are compared with.
+        test: Judges the models; never seen by selection.
+        hidden: Widths of the hidden layers.
+        n_classes: Number of classes.
+        budget: Share of all samples that may be selected.
+        epochs: Length of the run that selects.
+        steps: Length of a training from scratch.
+    """
+
+    parts: Mapping[str, Part]
+    val: TensorDataset
+    test: TensorDataset
+    hidden: Sequence[int]
+    n_classes: int
+    budget: float
+    epochs: int = 20
+    steps: int = 2000
+
+    @property
+    def sources(self) -> dict[str, Dataset[tuple[Tensor, ...]]]:
+        """Name to dataset."""
+        return {name: part.dataset() for name, part in self.parts.items()}
+
+    def model(self) -> Classifier:
+        """A model with random parameters."""
+        width = self.val.tensors[0].shape[1]
+        return Classifier([width, *self.hidden, self.n_classes])
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of one seed; accuracies are of the test set, in ``[0, 1]``.
+
+    Attributes:
+        random: Trained from scratch on a random selection.
+        dvc: Trained from scratch on what DVC selected.
+        clean: Trained from scratch on a random selection of the truly clean samples.
+        validation: Trained from scratch on the validation set alone.
+        run: The model at the end of the run that selected.
+        shares: Share of the selection that each source has.
+        later_shares: The same, without the warm-up.
+        selected_clean: Share of the selection that is truly clean.
+        seconds: Where selection spent its time.
+        run_seconds: The whole run that selected.
+        n_selected: Samples selected.
+    """
+
+    random: float
+    dvc: float
+    clean: float
+    validation: float
+    run: float
+    shares: dict[str, float]
+    later_shares: dict[str, float]
+    selected_clean: float
+    seconds: dict[str, float]
+    run_seconds: float
+    n_selected: int
+
+    @property
+    def closed(self) -> float:
+        """Share of the way from random to clean-only selection."""
+        return (self.dvc - self.random) / (self.clean - self.random)
+
+
+@dataclass
+class Trainers:
+    """Quiet trainers that write their metrics under a folder."""
+
+    folder: Path
+    made: int = field(default=0, init=False)
+
+    def make(self, name: str = "", **settings: object) -> Trainer:
+        """A trainer; one without a name logs nothing."""
+        logger = CSVLogger(self.folder, name="metrics", version=name) if name else False
+        return Trainer(
+            accelerator="cpu",
+            logger=logger,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            log_every_n_steps=1,
+            **settings,  # type: ignore[arg-type]
+        )
+
+
+def train_from_scratch(
+    problem: Problem, data: DVCDataModule | Dataset[tuple[Tensor, ...]], seed: int
+) -> float:
+    """Train a new model for the problem's number of steps.
+
+    Args:
+        problem: Tells the model, the steps and the test set.
+        data: What to train on.
+        seed: Of the parameters and the order of samples.
+
+    Returns:
+        Test accuracy at the last step.
+    """
+    seed_everything(seed, verbose=False)
+    model, trainer = problem.model(), Trainers(Path()).make(max_steps=problem.steps)
+    if isinstance(data, DVCDataModule):
+        trainer.fit(model, data)
+    else:
+        trainer.fit(model, DataLoader(data, batch_size=BATCH_SIZE, shuffle=True))
+    (found,) = trainer.test(model, DataLoader(problem.test, batch_size=1024), verbose=False)
+    return float(found["test_acc"])
+
+
+def select(
+    problem: Problem, folder: Path, seed: int, strategy: Strategy | None = None
+) -> tuple[DVCDataModule, DVCCallback, float, float]:
+    """One run that selects while it trains.
+
+    Returns:
+        The datamodule and the callback after the run, its test accuracy and its seconds.
+    """
+    datamodule = DVCDataModule(
+        problem.sources, problem.val, budget=problem.budget, batch_size=BATCH_SIZE, seed=seed
+    )
+    callback = DVCCallback(strategy, monitor="val_acc")
+    seed_everything(seed, verbose=False)
+    model = problem.model()
+    trainer = Trainers(folder).make(
+        f"seed_{seed}", max_epochs=problem.epochs, callbacks=[callback]
+    )
+    start = time.perf_counter()
+    trainer.fit(model, datamodule)
+    seconds = time.perf_counter() - start
+    (found,) = trainer.test(model, DataLoader(problem.test, batch_size=1024), verbose=False)
+    return datamodule, callback, float(found["test_acc"]), seconds
+
+
+def compare(
+    problem: Problem, folder: Path, seed: int, strategy: Strategy | None = None
+) -> Result:
+    """Select by DVC, and train from scratch on its selection and on the references.
+
+    Args:
+        problem: The data set.
+        folder: Where the selection and the metrics are written.
+        seed: Of all that is drawn.
+        strategy: How to select; DVC with its defaults when not given.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    datamodule, callback, run_accuracy, seconds = select(problem, folder, seed, strategy)
+    file = folder / f"selection_{seed}.parquet"
+    selection = datamodule.selection
+    selection.to_parquet(file)
+    again = DVCDataModule.from_selection(
+        file, problem.sources, seed=seed + 1000, batch_size=BATCH_SIZE
+    )
+    pool: Dataset[tuple[Tensor, ...]] = ConcatDataset(list(problem.sources.values()))
+    is_clean = torch.cat([part.is_clean for part in problem.parts.values()])
+    generator = torch.Generator().manual_seed(seed)
+    anything = torch.randperm(len(is_clean), generator=generator)
+    clean = torch.nonzero(is_clean).flatten()
+    clean = clean[torch.randperm(len(clean), generator=generator)]
+    later = [
+        source
+        for source, number in zip(selection.source, selection.round.tolist(), strict=True)
+        if number > 0
+    ]
+    budget = datamodule.budget
+    return Result(
+        random=train_from_scratch(problem, Subset(pool, anything[:budget].tolist()), seed),
+        dvc=train_from_scratch(problem, again, seed),
+        clean=train_from_scratch(problem, Subset(pool, clean[:budget].tolist()), seed),
+        validation=train_from_scratch(problem, problem.val, seed),
+        run=run_accuracy,
+        shares=selection.shares(problem.parts),
+        later_shares={name: later.count(name) / max(len(later), 1) for name in problem.parts},
+        selected_clean=float(is_clean[datamodule.selected_ids].float().mean()),
+        seconds=dict(callback.watch.seconds),
+        run_seconds=seconds,
+        n_selected=len(selection),
+    )
+
+
+def report(problem: Problem, results: Sequence[Result], folder: Path) -> str:
+    """The results as text, averaged over seeds."""
+
+    def mean(name: str) -> float:
+        return sum(getattr(result, name) for result in results) / len(results)
+
+    n_pool = sum(len(part.labels) for part in problem.parts.values())
+    lines = [
+        f"{results[0].n_selected} of {n_pool} samples, {problem.steps} steps from scratch, test "
+        f"accuracy, {len(results)} seed(s):",
+        f"  random selection                    {mean('random'):6.1%}",
+        f"  DVC                                 {mean('dvc'):6.1%}",
+        f"  random, but truly clean only        {mean('clean'):6.1%}",
+        f"  validation set alone ({len(problem.val):4d} samples)  {mean('validation'):6.1%}",
+        "DVC closes, seed by seed, of the way from random to clean only: "
+        + ", ".join(f"{result.closed:.0%}" for result in results),
+        f"Model at the end of the run that selected: {mean('run'):.1%}",
+        f"Share of DVC's selection that is truly clean: {mean('selected_clean'):.1%}",
+        "",
+        "share of the budget        all  after warm-up",
+    ]
+    for name in problem.parts:
+        share = sum(result.shares[name] for result in results) / len(results)
+        later = sum(result.later_shares[name] for result in results) / len(results)
+        lines.append(f"  {name:20s} {share:7.1%} {later:14.1%}")
+    total = sum(sum(result.seconds.values()) for result in results)
+    lines += ["", f"selection took {total:.1f} s of {mean('run_seconds') * len(results):.1f} s:"]
+    for section in results[0].seconds:
+        seconds = sum(result.seconds[section] for result in results)
+        lines.append(f"  {section:8s} {seconds:6.2f} s")
+    lines += ["", f"Written to {folder}/: selection_<seed>.parquet, metrics/<seed>/metrics.csv"]
+    return "\n".join(lines)
+
+
+def quiet() -> None:
+    """Keep Lightning's start-up notices out of a short report."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
