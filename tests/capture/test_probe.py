@@ -304,7 +304,7 @@ class NotFinite(Net):
         if self.where == "loss":
             losses = losses * torch.where(marked, torch.inf, 1.0)
         if self.where == "gradient":  # sqrt(0) has an infinite slope
-            losses = losses + (hidden.square().sum(1) * ~marked).sqrt()
+            losses = losses * (1 + (hidden.square().sum(1) * ~marked).sqrt())
         return losses.mean()
 
 
