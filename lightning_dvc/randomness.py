@@ -26,7 +26,8 @@ def stream(seed: int, purpose: str, *numbers: int) -> np.random.Generator:
         >>> stream(0, "draw", 3).integers(100) == stream(0, "draw", 3).integers(100)
         np.True_
     """
-    return np.random.default_rng([seed, zlib.crc32(purpose.encode()), *numbers])
+    # How many numbers there are comes first: numpy takes trailing zeros for nothing.
+    return np.random.default_rng([seed, zlib.crc32(purpose.encode()), len(numbers), *numbers])
 
 
 def torch_stream(seed: int, purpose: str, *numbers: int) -> torch.Generator:

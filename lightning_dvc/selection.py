@@ -6,6 +6,7 @@
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from lightning_dvc.pools import Pools
 from lightning_dvc.records import METRICS, BadSample, Choice
 
 _WEIGHTS: Final = tuple(f"weight_{metric}" for metric in METRICS)
+_NOTES: Final = "notes"
 COLUMNS: Final = ("source", "index", "round", "value", *METRICS, *_WEIGHTS)
 """Columns of a saved selection, one row per selected sample in order of selection."""
 
@@ -81,10 +83,9 @@ class Selection:
         Returns:
             Name to share in ``[0, 1]``, adding up to 1 over all sources.
         """
-        counts = dict.fromkeys(names or dict.fromkeys(self.source), 0)
-        for name in self.source:
-            counts[name] += 1
-        return {name: count / max(len(self), 1) for name, count in counts.items()}
+        counts = Counter(self.source)
+        listed = dict.fromkeys(self.source) if names is None else names
+        return {name: counts[name] / max(len(self), 1) for name in listed}
 
     def columns(self) -> dict[str, list[Any]]:
         """The table as plain Python lists, keyed by :data:`COLUMNS`."""
@@ -106,19 +107,24 @@ class Selection:
         """
         arrow, parquet = _import_pyarrow()
         table = arrow.table(self.columns())
-        notes = {
-            "set_aside": json.dumps([vars(entry) for entry in self.set_aside]),
-            "n_ever_selected": json.dumps(self.n_ever_selected),
-        }
+        notes = {_NOTES: json.dumps(self._notes())}
         parquet.write_table(table.replace_schema_metadata(notes), str(path))
 
     def to_csv(self, path: str | Path) -> None:
-        """Write the table to a CSV file; samples set aside go into ``<name>.set_aside.csv``."""
-        table = self.columns()
-        _write_csv(Path(path), COLUMNS, zip(*(table[name] for name in COLUMNS), strict=True))
-        if self.set_aside:
-            rows = [(entry.source, entry.index, entry.reason) for entry in self.set_aside]
-            _write_csv(_set_aside_path(Path(path)), ("source", "index", "reason"), rows)
+        """Write the table to a CSV file in UTF-8, and what is no table to ``<name>.notes.json``."""
+        path, table = Path(path), self.columns()
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(COLUMNS)
+            writer.writerows(zip(*(table[name] for name in COLUMNS), strict=True))
+        _notes_path(path).write_text(json.dumps(self._notes(), indent=1), encoding="utf-8")
+
+    def _notes(self) -> dict[str, Any]:
+        """What belongs to the selection and is no row of the table, for JSON."""
+        return {
+            "n_ever_selected": self.n_ever_selected,
+            "set_aside": [vars(entry) for entry in self.set_aside],
+        }
 
     @staticmethod
     def load(path: str | Path) -> "Selection":
@@ -150,46 +156,31 @@ def _import_pyarrow() -> tuple[Any, Any]:
     return pyarrow, pyarrow.parquet
 
 
-def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows(rows)
-
-
-def _set_aside_path(path: Path) -> Path:
-    return path.with_suffix(".set_aside.csv")
+def _notes_path(path: Path) -> Path:
+    return path.with_suffix(".notes.json")
 
 
 def _load_parquet(path: Path) -> Selection:
     _, parquet = _import_pyarrow()
     table = parquet.read_table(str(path))
-    notes = table.schema.metadata or {}
-    set_aside = json.loads(notes.get(b"set_aside", b"[]"))
-    n_ever = json.loads(notes.get(b"n_ever_selected", b"0"))
-    return _from_columns(
-        table.to_pydict(), path, [SetAside(**entry) for entry in set_aside], n_ever
-    )
+    notes = json.loads((table.schema.metadata or {}).get(_NOTES.encode(), b"{}"))
+    return _from_columns(table.to_pydict(), path, notes)
 
 
 def _load_csv(path: Path) -> Selection:
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         rows = list(reader)
         header = reader.fieldnames or []
-    set_aside: list[SetAside] = []
-    if _set_aside_path(path).exists():
-        with _set_aside_path(path).open(newline="") as file:
-            set_aside = [
-                SetAside(row["source"], int(row["index"]), row["reason"])
-                for row in csv.DictReader(file)
-            ]
     table: dict[str, list[Any]] = {name: [row[name] for row in rows] for name in header}
-    return _from_columns(table, path, set_aside, 0)
+    file_of_notes = _notes_path(path)
+    exists = file_of_notes.exists()
+    notes = json.loads(file_of_notes.read_text(encoding="utf-8")) if exists else {}
+    return _from_columns(table, path, notes)
 
 
 def _from_columns(
-    table: Mapping[str, Sequence[Any]], path: Path, set_aside: Sequence[SetAside], n_ever: int
+    table: Mapping[str, Sequence[Any]], path: Path, notes: Mapping[str, Any]
 ) -> Selection:
     missing = [name for name in COLUMNS if name not in table]
     if missing:
@@ -208,8 +199,8 @@ def _from_columns(
         value=floats("value").squeeze(1),
         raw=floats(*METRICS),
         weights=floats(*_WEIGHTS),
-        set_aside=tuple(set_aside),
-        n_ever_selected=n_ever or len(table["source"]),
+        set_aside=tuple(SetAside(**entry) for entry in notes.get("set_aside", ())),
+        n_ever_selected=notes.get("n_ever_selected", len(table["source"])),
     )
 
 

@@ -19,6 +19,7 @@ MAY_IMPORT_LIGHTNING = {
     "callback.py",
     "datamodule.py",
     "trainer_bridge.py",
+    "wrapping.py",
     "capture/objective.py",
     "capture/guard.py",
 }

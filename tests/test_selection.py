@@ -226,11 +226,12 @@ def test_columns_of_a_file_are_those_announced(tmp_path):
     assert tuple(example().columns()) == COLUMNS
 
 
-def test_set_aside_samples_have_their_own_csv_file(tmp_path):
+def test_csv_without_its_notes_is_still_a_selection(tmp_path):
     example().to_csv(tmp_path / "run.csv")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.csv", "run.set_aside.csv"]
-    dataclasses.replace(example(), set_aside=()).to_csv(tmp_path / "other.csv")
-    assert not (tmp_path / "other.set_aside.csv").exists()
+    (tmp_path / "run.notes.json").unlink()
+    loaded = Selection.load(tmp_path / "run.csv")
+    assert loaded.set_aside == ()
+    assert loaded.n_ever_selected == len(loaded) == len(example())
 
 
 WRITE_AND_READ = """

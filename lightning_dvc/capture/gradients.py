@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
@@ -42,7 +43,6 @@ class LayerGradients(ABC):
     def rows(self, index: Tensor) -> "LayerGradients":
         """Gradients of some of the samples, by position or mask."""
 
-    @abstractmethod
     def products(self, reference: "LayerGradients", mixtures: Tensor) -> Tensor:
         """Inner products with mixtures of reference gradients.
 
@@ -53,6 +53,8 @@ class LayerGradients(ABC):
         Returns:
             ``(n, C)``.
         """
+        columns = [self.dot(reference.mixture(mixtures[:, c])) for c in range(mixtures.shape[1])]
+        return torch.stack(columns, dim=1)
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
@@ -110,14 +112,26 @@ class OuterProducts(LayerGradients):
 
     @override
     def products(self, reference: LayerGradients, mixtures: Tensor) -> Tensor:
-        if not isinstance(reference, OuterProducts):
-            raise TypeError("both sets of gradients must come from the same layer")
-        mixtures = mixtures.to(self.inputs)
-        if self.inputs.shape[1] == reference.inputs.shape[1] == 1:
-            return self._gram(reference) @ mixtures
         # With T positions a Gram block costs T * T products per pair; full mixtures cost T.
-        columns = [self.dot(reference.mixture(mixtures[:, c])) for c in range(mixtures.shape[1])]
-        return torch.stack(columns, dim=1)
+        if isinstance(reference, OuterProducts) and self._positions == reference._positions == 1:
+            return self._gram(reference) @ mixtures.to(self.inputs)
+        return super().products(reference, mixtures)
+
+    @property
+    def _positions(self) -> int:
+        return self.inputs.shape[1]
+
+    def padded(self, positions: int) -> "OuterProducts":
+        """The same with more positions, at which nothing happens."""
+        missing = (0, 0, 0, positions - self._positions)
+        return OuterProducts(F.pad(self.inputs, missing), F.pad(self.deltas, missing), self.bias)
+
+    def formed(self) -> "Materialised":
+        """The same, formed."""
+        gradients = self.deltas.transpose(1, 2) @ self.inputs
+        if self.bias:
+            gradients = torch.cat([gradients, self.deltas.sum(1)[:, :, None]], dim=2)
+        return Materialised(gradients)
 
     def _gram(self, other: "OuterProducts") -> Tensor:
         inputs = self.inputs.squeeze(1) @ other.inputs.squeeze(1).T + float(self.bias)
@@ -164,7 +178,7 @@ class Materialised(LayerGradients):
     @override
     def products(self, reference: LayerGradients, mixtures: Tensor) -> Tensor:
         if not isinstance(reference, Materialised):
-            raise TypeError("both sets of gradients must come from the same layer")
+            return super().products(reference, mixtures)
         mixed = mixtures.to(self.gradients).T @ reference.gradients.flatten(1)
         return self.gradients.flatten(1) @ mixed.T
 
@@ -190,12 +204,10 @@ def layer_gradients(inputs: Tensor, deltas: Tensor, bias: bool) -> LayerGradient
         'Materialised'
     """
     positions, d_in, d_out = *inputs.shape[1:], deltas.shape[2]
+    factors = OuterProducts(inputs, deltas, bias)
     if positions == 1 or d_out * (d_in + bias) > positions * (d_in + d_out):
-        return OuterProducts(inputs, deltas, bias)
-    gradients = deltas.transpose(1, 2) @ inputs
-    if bias:
-        gradients = torch.cat([gradients, deltas.sum(1)[:, :, None]], dim=2)
-    return Materialised(gradients)
+        return factors
+    return factors.formed()
 
 
 def restore(tensors: dict[str, Tensor], bias: bool) -> LayerGradients:
@@ -214,13 +226,19 @@ def concatenate(parts: Sequence[LayerGradients]) -> LayerGradients:
     """Join gradients of one layer from several batches.
 
     Args:
-        parts: At least one, all of the same layer and so of the same form.
+        parts: At least one, all of the same layer. Batches may differ in their number of positions,
+            and so in their form.
 
     Example:
         >>> len(concatenate([Materialised(torch.ones(2, 1, 1)), Materialised(torch.ones(3, 1, 1))]))
         5
     """
-    first = parts[0]
-    names = first.tensors()
-    joined = {name: torch.cat([part.tensors()[name] for part in parts]) for name in names}
-    return restore(joined, bias=isinstance(first, OuterProducts) and first.bias)
+    factors = [part for part in parts if isinstance(part, OuterProducts)]
+    if len(factors) < len(parts):
+        formed = [part.formed() if isinstance(part, OuterProducts) else part for part in parts]
+        return Materialised(torch.cat([part.tensors()["gradients"] for part in formed]))
+    longest = max(part.inputs.shape[1] for part in factors)
+    padded = [part.padded(longest) for part in factors]
+    inputs = torch.cat([part.inputs for part in padded])
+    deltas = torch.cat([part.deltas for part in padded])
+    return OuterProducts(inputs, deltas, factors[0].bias)

@@ -40,11 +40,11 @@ def _conv2d_positions(layer: nn.Module, x: Tensor, n: int) -> Tensor:
         padded = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
         padding = (0, 0)
     patches = F.unfold(padded, layer.kernel_size, layer.dilation, padding, layer.stride)
-    return patches.transpose(1, 2)
+    return patches.transpose(1, 2).reshape(n, -1, patches.shape[1])
 
 
 def _conv2d_outputs(delta: Tensor, n: int) -> Tensor:
-    return delta.flatten(2).transpose(1, 2)
+    return delta.flatten(2).transpose(1, 2).reshape(n, -1, delta.shape[1])
 
 
 @dataclass(frozen=True)
@@ -238,14 +238,14 @@ class LayerCapture:
         x = _upcast(calls.inputs[0])
         if isinstance(self._layers[name], nn.Conv2d):
             height, width = (min(_FINGERPRINT_SIDE, size) for size in x.shape[-2:])
-            return F.adaptive_avg_pool2d(x, (height, width)).reshape(n, -1)
+            x = F.adaptive_avg_pool2d(x, (height, width)).flatten(1)
         return x.reshape(n, -1, x.shape[-1]).mean(1)
 
 
 def _pool(x: Tensor, layer: nn.Module, n: int) -> Tensor:
     x = _upcast(x)
     if isinstance(layer, nn.Conv2d):
-        return x.mean((2, 3))
+        x = x.mean((2, 3))
     return x.reshape(n, -1, x.shape[-1]).mean(1)
 
 

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_dvc.records import BadSample
 
 Collate = Callable[[list[Any]], Any]
+_Entry = tuple[int, Any, str | None]
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class _Tolerant(Dataset[Any]):
     def __init__(self, dataset: Dataset[Any]) -> None:
         self._dataset = dataset
 
-    def __getitem__(self, sample_id: int) -> tuple[int, Any, str | None]:
+    def __getitem__(self, sample_id: int) -> _Entry:
         try:
             return sample_id, self._dataset[sample_id], None
         except Exception as error:  # whatever a user's dataset may raise
@@ -49,34 +50,51 @@ class _TolerantCollate:
     def __init__(self, collate: Collate) -> None:
         self._collate = collate
 
-    def __call__(self, entries: list[tuple[int, Any, str | None]]) -> LoadedBatch:
+    def __call__(self, entries: list[_Entry]) -> LoadedBatch:
         bad = [BadSample(i, reason) for i, _, reason in entries if reason is not None]
         good = [(i, sample) for i, sample, reason in entries if reason is None]
         try:
             batch = self._batch(good)
         except Exception:  # some sample may not fit into any batch
-            good, unfit = self._drop_unfit(good)
+            good, unfit = self._fitting(good, mates=[])
             bad += unfit
-            batch = self._batch(good)
+            try:
+                batch = self._batch(good)
+            except Exception:  # or not into one with the others
+                good, unfit = self._largest_fitting(good)
+                bad += unfit
+                batch = self._batch(good)
         ids = torch.tensor([i for i, _ in good], dtype=torch.int64)
         return LoadedBatch(ids, [sample for _, sample in good], batch, bad)
 
     def _batch(self, good: list[tuple[int, Any]]) -> Any:
         return self._collate([sample for _, sample in good]) if good else None
 
-    def _drop_unfit(
-        self, good: list[tuple[int, Any]]
+    def _fitting(
+        self, good: list[tuple[int, Any]], mates: list[Any]
     ) -> tuple[list[tuple[int, Any]], list[BadSample]]:
-        """Leave out the samples that do not even make a batch of one."""
+        """Tell apart which samples make a batch with the given mates, and which do not."""
         kept, unfit = [], []
         for sample_id, sample in good:
             try:
-                self._collate([sample])
+                self._collate([*mates, sample])
                 kept.append((sample_id, sample))
             except Exception as error:  # whatever a user's collate may raise
                 reason = f"collating it raised {type(error).__name__}: {error}"
                 unfit.append(BadSample(sample_id, reason))
         return kept, unfit
+
+    def _largest_fitting(
+        self, good: list[tuple[int, Any]]
+    ) -> tuple[list[tuple[int, Any]], list[BadSample]]:
+        """The samples that go along with the one that most go along with."""
+        best = self._fitting(good, mates=[good[0][1]])
+        for number, (_, first) in enumerate(good[1:], start=1):
+            if len(best[0]) >= len(good) - number:
+                break  # the rest are too few to go along with more
+            found = self._fitting(good, mates=[first])
+            best = max(best, found, key=lambda pair: len(pair[0]))
+        return best
 
 
 def load_batches(

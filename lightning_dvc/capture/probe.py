@@ -209,9 +209,11 @@ class Probe:
         finite = captured.losses.isfinite().all(1) & captured.fingerprints.isfinite().all(1)
         for representation in captured.representations:
             finite &= representation.isfinite().all(1)
+        for layer in captured.gradients:
+            finite &= layer.squared_norms().isfinite()
         if bool(finite.all()):
             return captured
-        reason = "its loss or a feature is not finite"
+        reason = "its loss, a feature or a gradient is not finite"
         self._note_bad([BadSample(int(i), reason) for i in captured.ids[~finite.cpu()]])
         return rows(captured, finite) if bool(finite.any()) else None
 

@@ -48,6 +48,8 @@ class DVC:
             least 0; each costs a copy of the trainable parameters.
         take_back: Largest share of the selection that one round takes back, in ``[0, 1]``; from
             round 3 on, and not in the last.
+        disown_quantile: A selected sample is disowned if recent model states find its target less
+            plausible than this share of the reference samples' targets; in ``[0, 1]``.
         class_slack: How far a class may exceed its share of the reference's label mix in one round,
             at least 1; infinite for no such rule.
         duplicate_angle: Largest angle in radians between the features of near-duplicates, of which
@@ -82,6 +84,7 @@ class DVC:
         review_size: int = 10_000,
         stability_window: int = 4,
         take_back: float = 0.1,
+        disown_quantile: float = 0.05,
         class_slack: float = 1.5,
         duplicate_angle: float = 0.1,
         density: Literal["exact", "lsh"] = "exact",
@@ -95,6 +98,7 @@ class DVC:
             ("review_size", review_size, review_size >= 1, "at least 1"),
             ("stability_window", stability_window, stability_window >= 0, "at least 0"),
             ("take_back", take_back, 0 <= take_back <= 1, "in [0, 1]"),
+            ("disown_quantile", disown_quantile, 0 <= disown_quantile <= 1, "in [0, 1]"),
             ("class_slack", class_slack, class_slack >= 1, "at least 1"),
             ("duplicate_angle", duplicate_angle, 0 <= duplicate_angle <= math.pi, "in [0, pi]"),
             ("layer_weights", layer_weights, _fit(layer_weights), "at least 0 and not all 0"),
@@ -105,6 +109,7 @@ class DVC:
         self.weights: WeightPolicy = weights or FixedWeights()
         self.layer_weights = layer_weights
         self.take_back = take_back
+        self.disown_quantile = disown_quantile
         self.class_slack = class_slack
         self._new_bandit = partial(
             SourceBandit, discount=discount, exploration=exploration, temperature=temperature
@@ -196,7 +201,7 @@ class DVC:
             return torch.empty(0, dtype=torch.int64)
         # Not more than can be replaced.
         most = min(int(self.take_back * len(this.selected)), int(this.pools.stock.sum()))
-        limit = threshold(examined.reference_confidence)
+        limit = threshold(examined.reference_confidence, self.disown_quantile)
         return this.selected[disowned(examined.selected_confidence, limit, most)]
 
     def _draw(self, this: Round, bandit: SourceBandit, quota: int, removed: Tensor) -> Tensor:

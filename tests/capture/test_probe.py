@@ -241,8 +241,8 @@ TROUBLE = {
     "raises when read": (OSError("torn page"), "reading it raised OSError: torn page"),
     "cannot be collated": (object(), "collating it raised TypeError"),
     "poisons the model": (POISON, "the model raised ValueError: poison"),
-    "not a number": (torch.nan, "its loss or a feature is not finite"),
-    "infinite": (torch.inf, "its loss or a feature is not finite"),
+    "not a number": (torch.nan, "its loss, a feature or a gradient is not finite"),
+    "infinite": (torch.inf, "its loss, a feature or a gradient is not finite"),
 }
 
 
@@ -328,7 +328,7 @@ def test_loss_that_was_not_finite_in_an_earlier_state():
     probe = make_probe(net)
     captured = look(probe, dataset=Samples({1: 1e10}), snapshots=snapshots)
     assert captured.ids.tolist() == [0, *range(2, SIZE)]
-    assert reasons(probe) == {1: "its loss or a feature is not finite"}
+    assert reasons(probe) == {1: "its loss, a feature or a gradient is not finite"}
     assert captured.losses.isfinite().all()
 
 

@@ -60,7 +60,9 @@ class Problem:
         self.labels = rows(st.integers(-1, N_CLASSES))
         self.known = rows(st.booleans())
         position = st.integers(0, max(n - 1, 0))
-        self.pairs = draw(st.lists(st.lists(position, min_size=2, max_size=2), max_size=6 * (n > 0)))
+        self.pairs = draw(
+            st.lists(st.lists(position, min_size=2, max_size=2), max_size=6 * (n > 0))
+        )
         self.quota = draw(st.integers(0, 14))
         self.arm_ceiling = draw(st.tuples(*[st.integers(0, 9)] * N_ARMS))
         self.arm_floor = draw(st.tuples(*[st.integers(0, 3)] * N_ARMS))

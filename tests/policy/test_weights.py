@@ -295,9 +295,7 @@ def test_weights_off_the_simplex_are_refused(weights):
         BayesianWeights().tell(weights, 0.5, 0.5)
 
 
-@pytest.mark.parametrize(
-    "bad", [{"seed": -1}, {"initial": 1}, {"max_observations": 5}]
-)
+@pytest.mark.parametrize("bad", [{"seed": -1}, {"initial": 1}, {"max_observations": 5}])
 def test_bad_settings_are_refused(bad):
     with pytest.raises(ConfigurationError, match=next(iter(bad))):
         BayesianWeights(**bad)
