@@ -155,9 +155,7 @@ def select(
     callback = DVCCallback(strategy, monitor="val_acc")
     seed_everything(seed, verbose=False)
     model = problem.model()
-    trainer = Trainers(folder).make(
-        f"seed_{seed}", max_epochs=problem.epochs, callbacks=[callback]
-    )
+    trainer = Trainers(folder).make(f"seed_{seed}", max_epochs=problem.epochs, callbacks=[callback])
     start = time.perf_counter()
     trainer.fit(model, datamodule)
     seconds = time.perf_counter() - start
@@ -165,9 +163,7 @@ def select(
     return datamodule, callback, float(found["test_acc"]), seconds
 
 
-def compare(
-    problem: Problem, folder: Path, seed: int, strategy: Strategy | None = None
-) -> Result:
+def compare(problem: Problem, folder: Path, seed: int, strategy: Strategy | None = None) -> Result:
     """Select by DVC, and train from scratch on its selection and on the references.
 
     Args:

@@ -2,7 +2,8 @@
 
 A source is any map-style dataset; nothing here reads a sample. The only thing kept for every
 sample is one byte that tells whether it is still free. A draw costs time in proportion to what is
-drawn, not to the size of the pool (design page, section 4).
+drawn, not to the size of the pool, until fewer than one sample in 16 of a source is left: then a
+draw looks through its bytes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,7 +37,7 @@ class Source:
         max_share: Largest share of what is selected that comes from here, in ``[0, 1]``.
 
     Raises:
-        ConfigurationError: If the dataset is not map-style or empty, or the shares are not
+        ConfigurationError: If the dataset is not map-style, or the shares are not
             ``0 <= min_share <= max_share <= 1``.
 
     Example:

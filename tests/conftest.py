@@ -1,4 +1,5 @@
 import logging
+import socket
 
 import pytest
 import torch
@@ -10,3 +11,10 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _quiet_lightning():
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+
+
+@pytest.fixture
+def unused_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -102,6 +102,8 @@ def terms_of(loss: Tensor, calls: Sequence[LossCall]) -> list[Term]:
         3.0
     """
     values = [call.value for call in calls]
+    if not values:
+        return []
     found = torch.autograd.grad(loss, values, create_graph=True, allow_unused=True)
     return [
         Term(position, call, coefficient)

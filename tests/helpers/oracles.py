@@ -107,7 +107,8 @@ def activation_score(h, middle, mad):
     """Equation 7, s: a MAD of 0 leaves a step at the median."""
     if mad == 0:
         return 0.5 if norm(h) == middle else float(norm(h) > middle)
-    return 1 / (1 + math.exp(-(norm(h) - middle) / (1.4826 * mad)))
+    z = (norm(h) - middle) / (1.4826 * mad)
+    return 1 / (1 + math.exp(-z)) if z > 0 else math.exp(z) / (1 + math.exp(z))
 
 
 def quality(h, middle, mad):

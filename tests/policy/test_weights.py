@@ -247,10 +247,6 @@ def test_finds_planted_weights_under_a_rising_trend():
     )
 
 
-def test_minimising_the_negative_asks_the_same():
-    assert distances(0, 8, mode="min") == pytest.approx(distances(0, 8), abs=1e-9)
-
-
 @pytest.mark.slow
 def test_finds_planted_weights_on_many_seeds():
     asks, seeds = 40, range(8)

@@ -1,0 +1,527 @@
+from functools import cache
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import oracles
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from lightning_dvc.capture.gradients import Materialised, OuterProducts
+from lightning_dvc.capture.layers import LayerCapture, find_layers
+from lightning_dvc.memory.lsh import ExactDensity
+from lightning_dvc.metrics.diversity import diversity
+from lightning_dvc.metrics.gradient_impact import gradient_impact
+from lightning_dvc.metrics.quality import activation_score, quality
+from lightning_dvc.metrics.relevance import relevance, relevance_reference
+from lightning_dvc.metrics.stability import stability
+from lightning_dvc.metrics.uncertainty import activation_entropy, spread, uncertainty
+from lightning_dvc.metrics.value import dvc_value, rank_normalise
+
+CLASSES = 3
+LAYERS = ["conv", "mix", "head"]
+FINITE = st.floats(-1e3, 1e3)
+
+
+class Net(nn.Module):
+    """Layers whose gradients are kept in the three ways: formed, tokens, vectors without bias."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.mix = nn.Conv2d(1, 2, 3), nn.Linear(9, 6)
+        self.head = nn.Linear(6, CLASSES, bias=False)
+        self.double()
+
+    def forward(self, x):
+        maps = self.conv(x).tanh()
+        return self.head(self.mix(maps.flatten(2)).mean(1).relu())
+
+
+def normal(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+
+@cache
+def seen(n, seed):
+    """A batch through the net: captured on the one hand, sample by sample on the other."""
+    net, x = Net(), normal(n, 1, 5, 5, seed=seed)
+    labels = torch.arange(n) % CLASSES
+    recorder = LayerCapture(find_layers(net))
+    with recorder.recording():
+        logits = net(x)
+        losses = F.cross_entropy(logits, labels, reduction="none")
+    gradients = recorder.gradients(losses)
+    assert [type(g) for g in gradients] == [Materialised, OuterProducts, OuterProducts]
+    return SimpleNamespace(
+        gradients=gradients,
+        full=oracles.per_sample_gradients(
+            net, LAYERS, lambda net, x, y: F.cross_entropy(net(x), y), x, labels
+        ),
+        hidden=recorder.representations(n),
+        logits=logits.detach(),
+        losses=losses.detach(),
+        labels=labels,
+    )
+
+
+def rows(tensors, i):
+    return [tensor[i] for tensor in tensors]
+
+
+def near(found, expected):
+    oracles.assert_near(found, expected, scale=max([1.0, *map(abs, expected)]))
+
+
+def vectors(min_size=1, max_size=6):
+    """A few vectors of one width, as ``(n, d)``."""
+    return st.integers(1, 4).flatmap(
+        lambda width: st.lists(
+            st.lists(FINITE, min_size=width, max_size=width), min_size=min_size, max_size=max_size
+        ).map(lambda rows: torch.tensor(rows, dtype=torch.float64))
+    )
+
+
+# --- equation 7 --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layer", range(3))
+def test_quality_of_captured_representations(layer):
+    h, reference = seen(10, 1).hidden[layer], seen(9, 2).hidden[layer]
+    middle, mad = oracles.median_and_mad([oracles.norm(x) for x in reference])
+    near(quality(h, middle, mad), [oracles.quality(x, middle, mad) for x in h])
+
+
+@settings(deadline=None)
+@given(vectors(), st.lists(st.integers(0, 60), min_size=1, max_size=9))
+def test_quality(h, norms):
+    middle, mad = oracles.median_and_mad(norms)
+    mad = mad or 0.25  # without a spread: see below
+    found = quality(h, middle, mad)
+    near(found, [oracles.quality(x, middle, mad) for x in h])
+    assert ((found >= 0) & (found <= 1)).all()
+    scores = activation_score(torch.linalg.vector_norm(h, dim=1), middle, mad)
+    near(scores, [oracles.activation_score(x, middle, mad) for x in h])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_quality_without_a_spread_is_a_step(dtype):
+    h = torch.tensor([[3.0, 4.0], [3.0, 4.5], [3.0, 3.5], [0.0, 5.0], [0.0, 0.0]], dtype=dtype)
+    found = quality(h, median=5.0, mad=0.0)
+    assert found.tolist() == [1, 0, 0, 1, 0] == [oracles.quality(x, 5.0, 0.0) for x in h]
+    scores = activation_score(torch.linalg.vector_norm(h, dim=1), 5.0, 0.0)
+    assert scores.tolist() == [0.5, 1, 0, 0.5, 0]
+
+
+# --- equation 8 --------------------------------------------------------------------------------
+
+LABELS = st.lists(st.integers(-1, CLASSES - 1), min_size=1, max_size=9)
+
+
+@settings(deadline=None, max_examples=60)
+@given(layer=st.integers(0, 2), reference=LABELS, data=st.data())
+def test_relevance_of_captured_gradients(layer, reference, data):
+    # Labels up to 4: classes that the reference set does not know, or knows too little.
+    labels = data.draw(st.lists(st.integers(-1, 4), min_size=6, max_size=6))
+    ours, theirs = seen(6, 1), seen(9, 2)
+    m = len(reference)
+    prepared = relevance_reference(
+        theirs.gradients[layer].rows(torch.arange(m)), torch.tensor(reference)
+    )
+    found = relevance(ours.gradients[layer], torch.tensor(labels), prepared)
+    near(
+        found,
+        [
+            oracles.relevance(g, label, theirs.full[layer][:m], reference)
+            for g, label in zip(ours.full[layer], labels, strict=True)
+        ],
+    )
+    assert (found.abs() <= 1).all()
+
+
+@pytest.mark.parametrize("layer", range(3))
+def test_relevance_against_the_own_class_and_against_all_differ(layer):
+    ours, theirs = seen(6, 1), seen(9, 2)
+    by_class = relevance_reference(theirs.gradients[layer], theirs.labels)
+    overall = relevance_reference(theirs.gradients[layer], torch.full((9,), -1))
+    found = [relevance(ours.gradients[layer], ours.labels, r) for r in (by_class, overall)]
+    assert (found[0] - found[1]).abs().min() > 1e-3
+
+
+@pytest.mark.parametrize("layer", range(3))
+def test_two_reference_samples_are_too_few_and_three_are_enough(layer):
+    ours, theirs = seen(6, 1), seen(9, 2)
+    labels = torch.zeros(6, dtype=torch.int64)
+    for others, wanted in ((2, theirs.full[layer][:5]), (3, theirs.full[layer][:3])):
+        at = torch.tensor([0] * others + [1] * (5 - others))
+        few = theirs.gradients[layer].rows(torch.arange(5))
+        found = relevance(ours.gradients[layer], labels, relevance_reference(few, at))
+        target = oracles.mean(list(wanted))
+        near(
+            found,
+            [
+                oracles.inner(g, target) / (oracles.norm(g) * oracles.norm(target))
+                for g in ours.full[layer]
+            ],
+        )
+
+
+def integer_gradients(rows):
+    return Materialised(torch.tensor(rows, dtype=torch.float64)[:, None])
+
+
+def test_relevance_is_zero_where_a_gradient_vanishes():
+    g = integer_gradients([[0, 0], [1, 2]])
+    one = relevance_reference(integer_gradients([[1, 2]]), torch.tensor([0]))
+    near(relevance(g, torch.tensor([0, 0]), one), [0.0, 1.0])
+    # Class 0 cancels out, class 1 does not.
+    apart = integer_gradients([[1, 2], [-1, -2], [1, 2], [-1, -2], *[[2, 4]] * 3])
+    both = relevance_reference(apart, torch.tensor([0, 0, 0, 0, 1, 1, 1]))
+    assert relevance(g, torch.tensor([0, 0]), both).tolist() == [0, 0]
+    near(relevance(g, torch.tensor([1, 1]), both), [0.0, 1.0])
+    silent = OuterProducts(normal(4, 2, 3), torch.zeros(4, 2, 5, dtype=torch.float64), True)
+    labels = torch.tensor([0, 0, 0, 1])
+    assert not relevance(silent, labels, relevance_reference(silent, labels)).any()
+
+
+def test_relevance_of_a_single_sample_to_itself():
+    for g in seen(6, 1).gradients:
+        one = g.rows(torch.tensor([4]))
+        for label in (-1, 0):
+            reference = relevance_reference(one, torch.tensor([label]))
+            near(relevance(one, torch.tensor([label]), reference), [1.0])
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(-60, 60), st.integers(-60, 60))
+def test_relevance_does_not_depend_on_the_size_of_the_loss(ours, theirs):
+    a, b = seen(6, 1), seen(9, 2)
+    for layer, (g, r) in enumerate(zip(a.gradients, b.gradients, strict=True)):
+        scaled = [scale(g, 10.0**ours), scale(r, 10.0**theirs)]
+        found = relevance(scaled[0], a.labels, relevance_reference(scaled[1], b.labels))
+        near(
+            found,
+            [
+                oracles.relevance(one, int(label), b.full[layer], b.labels.tolist())
+                for one, label in zip(a.full[layer], a.labels, strict=True)
+            ],
+        )
+
+
+def scale(g, factor):
+    if isinstance(g, Materialised):
+        return Materialised(g.gradients * factor)
+    return OuterProducts(g.inputs, g.deltas * factor, g.bias)
+
+
+# --- equation 9 --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layer", range(3))
+@pytest.mark.parametrize("bandwidth_squared", [0.05, 1.0, 30.0])
+def test_diversity_of_captured_representations(layer, bandwidth_squared):
+    h, selected = seen(10, 1).hidden[layer], seen(30, 2).hidden[layer]
+    found = diversity(h, ExactDensity(selected, bandwidth_squared))
+    near(found, [oracles.diversity(x, selected, bandwidth_squared) for x in h])
+
+
+@settings(deadline=None)
+@given(data=st.data(), width=st.integers(1, 3), bandwidth_squared=st.floats(0.5, 50))
+def test_diversity(data, width, bandwidth_squared):
+    numbers = st.lists(st.floats(-10, 10), min_size=width, max_size=width)
+    queries, selected = (
+        torch.tensor(data.draw(st.lists(numbers, min_size=1, max_size=6)), dtype=torch.float64)
+        for _ in range(2)
+    )
+    found = diversity(queries, ExactDensity(selected, bandwidth_squared))
+    expected = [oracles.diversity(x, selected, bandwidth_squared) for x in queries]
+    near(found, expected)
+    assert (found >= 0).all()
+
+
+def test_diversity_far_from_everything_is_large_but_finite():
+    density = ExactDensity(torch.zeros(3, 2, dtype=torch.float64), 1.0)
+    near(diversity(torch.tensor([[0.0, 0.0], [3e4, 4e4]]).double(), density), [0.0, 1.25e9])
+    assert diversity(torch.full((1, 2), 1e200).double(), density).isfinite().all()
+
+
+# --- equation 11 -------------------------------------------------------------------------------
+
+
+def momenta(full, seed):
+    return [normal(*layer.shape[1:], seed=seed + i) for i, layer in enumerate(full)]
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 99), st.floats(1e-3, 1e3))
+def test_gradient_impact_of_captured_gradients(seed, size):
+    batch = seen(6, 1)
+    momentum = [size * m for m in momenta(batch.full, seed)]
+    found = gradient_impact(batch.gradients, momentum)
+    near(found, [oracles.gradient_impact(rows(batch.full, i), momentum) for i in range(6)])
+
+
+def test_gradient_impact_of_the_mean_training_gradient():
+    batch, training = seen(6, 1), seen(9, 2)
+    momentum = [oracles.mean(list(layer)) for layer in training.full]
+    captured = [g.mixture(torch.full((9,), 1 / 9, dtype=torch.float64)) for g in training.gradients]
+    expected = [oracles.gradient_impact(rows(batch.full, i), momentum) for i in range(6)]
+    near(gradient_impact(batch.gradients, captured), expected)
+    assert min(expected) < 0 < max(expected)
+
+
+def test_gradient_impact_along_the_own_gradient_is_its_length():
+    batch = seen(6, 1)
+    for i in range(6):
+        own = rows(batch.full, i)
+        length = sum(oracles.inner(g, g) for g in own) ** 0.5
+        near(gradient_impact(batch.gradients, own)[i : i + 1], [length])
+
+
+def test_gradient_impact_is_zero_while_there_is_no_momentum():
+    batch = seen(6, 1)
+    nothing = [torch.zeros_like(layer[0]) for layer in batch.full]
+    assert gradient_impact(batch.gradients, nothing).tolist() == [0] * 6
+    # One layer with momentum is enough.
+    some = [*nothing[:2], torch.ones_like(nothing[2])]
+    expected = [oracles.gradient_impact(rows(batch.full, i), some) for i in range(6)]
+    near(gradient_impact(batch.gradients, some), expected)
+    silent = [scale(g, 0.0) for g in batch.gradients]
+    assert gradient_impact(silent, momenta(batch.full, 0)).tolist() == [0] * 6
+
+
+def test_gradient_impact_needs_a_momentum_for_every_layer():
+    batch = seen(6, 1)
+    with pytest.raises(ValueError, match="shorter"):
+        gradient_impact(batch.gradients, momenta(batch.full, 0)[:2])
+
+
+# --- equation 12 -------------------------------------------------------------------------------
+
+
+def test_uncertainty_of_a_captured_batch():
+    batch = seen(10, 1)
+    predictive = [oracles.predictive_entropy(z) for z in batch.logits]
+    found = uncertainty(torch.tensor(predictive, dtype=torch.float64), batch.hidden)
+    near(found, [oracles.uncertainty(predictive[i], rows(batch.hidden, i)) for i in range(10)])
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=3), st.integers(1, 4), st.data())
+def test_uncertainty(widths, n, data):
+    size = sum(widths) * n
+    flat = torch.tensor(data.draw(st.lists(FINITE, min_size=size, max_size=size))).double()
+    layers = [part.reshape(n, -1) for part in flat.split([width * n for width in widths])]
+    values = data.draw(st.lists(st.floats(0, 10), min_size=n, max_size=n))
+    found = uncertainty(torch.tensor(values, dtype=torch.float64), layers)
+    near(found, [oracles.uncertainty(values[i], rows(layers, i)) for i in range(n)])
+    assert (found >= 0).all()
+
+
+@settings(deadline=None)
+@given(vectors())
+def test_activation_entropy(h):
+    found = activation_entropy(h)
+    near(found, [oracles.activation_entropy(x) for x in h])
+    assert ((found >= 0) & (found <= 1 + 1e-12)).all()
+
+
+def test_activation_entropy_at_its_ends():
+    h = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.0, -5.0, 0.0, 0.0], [2.0, -2.0, 2.0, 2.0]]).double()
+    near(activation_entropy(h), [0.0, 0.0, 1.0])
+    assert activation_entropy(h[:, :1]).tolist() == [0, 0, 0]
+    near(activation_entropy(torch.tensor([[1.0, -1.0, 0.0, 0.0]]).double()), [0.5])
+
+
+@settings(deadline=None)
+@given(vectors())
+def test_spread(h):
+    near(spread(h), [oracles.spread(x) for x in h])
+
+
+# --- equation 13 -------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(
+    st.integers(1, 5).flatmap(
+        lambda window: st.lists(
+            st.lists(st.floats(0, 50) | st.just(float("nan")), min_size=window, max_size=window),
+            min_size=1,
+            max_size=6,
+        )
+    )
+)
+def test_stability(losses):
+    found = stability(torch.tensor(losses, dtype=torch.float64))
+    near(found, [oracles.stability(row) for row in losses])
+    assert ((found > 0) & (found <= 1)).all()
+
+
+def test_stability_of_samples_known_in_fewer_than_two_states():
+    unknown = float("nan")
+    losses = torch.tensor([[unknown] * 3, [unknown, 7.0, unknown], [0.0, 2.0, unknown]])
+    assert stability(losses).tolist() == [1, 1, 0.5]
+    assert stability(torch.tensor([[3.0]])).tolist() == [1]
+
+
+def test_stability_of_large_losses_that_hardly_move():
+    losses = torch.tensor([[1e8, 1e8 + 1, 1e8 + 2]], dtype=torch.float64)
+    near(stability(losses), [1 / (1 + 2 / 3)])
+
+
+# --- ranks -------------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(-3, 3) | st.floats(-1e6, 1e6), min_size=1, max_size=30),
+    st.sampled_from([torch.float32, torch.float64]),
+)
+def test_rank_normalise(values, dtype):
+    values = torch.tensor(values, dtype=dtype)
+    found = rank_normalise(values)
+    torch.testing.assert_close(
+        found.double(), torch.tensor(oracles.rank_normalise(values.tolist())).double()
+    )
+    assert ((found >= 0) & (found <= 1)).all()
+
+
+@pytest.mark.parametrize("shape", [(5, 2), (5, 3, 2), (1, 3, 2), (2, 1)])
+def test_every_trailing_position_is_ranked_by_itself(shape):
+    values = normal(*shape).mul(2).round()  # with ties
+    found = rank_normalise(values)
+    assert found.shape == values.shape
+    for column, slow in zip(found.flatten(1).T, values.flatten(1).T, strict=True):
+        expected = torch.tensor(oracles.rank_normalise(slow.tolist()), dtype=column.dtype)
+        torch.testing.assert_close(column, expected)
+
+
+def test_ranks_of_ties_and_of_a_single_sample():
+    assert rank_normalise(torch.tensor([4.0])).tolist() == [0.5]
+    assert rank_normalise(torch.tensor([2.0, 2.0, 2.0])).tolist() == [0.5, 0.5, 0.5]
+    assert rank_normalise(torch.tensor([0.0, -0.0, 1.0])).tolist() == [0.25, 0.25, 1]
+
+
+# --- equations 5, 6 and 10 ---------------------------------------------------------------------
+
+
+def simplex(size):
+    parts = st.lists(st.floats(0.01, 1), min_size=size, max_size=size)
+    return parts.map(lambda values: [value / sum(values) for value in values])
+
+
+@settings(deadline=None)
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 99), st.data())
+def test_dvc_value(n, n_layers, seed, data):
+    layers, whole = normal(n, n_layers, 3, seed=seed).sigmoid(), normal(n, 3, seed=seed).sigmoid()
+    w, alpha = data.draw(simplex(6)), data.draw(simplex(n_layers))
+    weights = [torch.tensor(values, dtype=torch.float64) for values in (w, alpha)]
+    found = dvc_value(layers, whole, *weights)
+    near(
+        found,
+        [
+            oracles.dvc_value(figures, last, w, alpha)
+            for figures, last in zip(layers.tolist(), whole.tolist(), strict=True)
+        ],
+    )
+    assert ((found >= 0) & (found <= 1 + 1e-12)).all()
+    # Layer and network parts by themselves.
+    for layer in range(n_layers):
+        only = torch.eye(n_layers, dtype=torch.float64)[layer]
+        part = dvc_value(layers, torch.zeros_like(whole), weights[0], only)
+        near(part, [oracles.layer_value(*row, w) for row in layers[:, layer].tolist()])
+    part = dvc_value(torch.zeros_like(layers), whole, *weights)
+    near(part, [oracles.global_value(*row, w) for row in whole.tolist()])
+
+
+def test_each_weight_belongs_to_its_metric():
+    layers, whole = normal(4, 2, 3).sigmoid(), normal(4, 3).sigmoid()
+    alpha = torch.tensor([0.25, 0.75], dtype=torch.float64)
+    for metric, weights in enumerate(torch.eye(6, dtype=torch.float64)):
+        found = dvc_value(layers, whole, weights, alpha)
+        if metric < 3:
+            expected = 0.25 * layers[:, 0, metric] + 0.75 * layers[:, 1, metric]
+        else:
+            expected = whole[:, metric - 3]
+        torch.testing.assert_close(found, expected)
+
+
+def test_weights_may_be_single_precision():
+    ranks = torch.ones(2, 1, 3, dtype=torch.float64)
+    found = dvc_value(ranks, torch.zeros(2, 3).double(), torch.full((6,), 1 / 6), torch.ones(1))
+    torch.testing.assert_close(found, torch.full((2,), 0.5).double())
+
+
+# --- all of it ---------------------------------------------------------------------------------
+
+
+def test_six_metrics_of_a_captured_batch_make_its_value():
+    n, layers = 12, range(3)
+    ours, reference, selected = seen(n, 1), seen(9, 2), seen(30, 3)
+    w, alpha = [0.1, 0.3, 0.05, 0.15, 0.25, 0.15], [0.2, 0.5, 0.3]
+    windows = ours.losses[:, None] + normal(n, 4, seed=5).abs()
+    momentum = momenta(ours.full, 7)
+    predictive = [oracles.predictive_entropy(z) for z in ours.logits]
+
+    spreads = [
+        oracles.median_and_mad([oracles.norm(h) for h in reference.hidden[x]]) for x in layers
+    ]
+    in_layers = [
+        torch.stack(
+            [
+                quality(ours.hidden[x], *spreads[x]),
+                relevance(
+                    ours.gradients[x],
+                    ours.labels,
+                    relevance_reference(reference.gradients[x], reference.labels),
+                ),
+                diversity(ours.hidden[x], ExactDensity(selected.hidden[x], 0.5)),
+            ],
+            dim=1,
+        )
+        for x in layers
+    ]
+    whole = [
+        gradient_impact(ours.gradients, momentum),
+        uncertainty(torch.tensor(predictive, dtype=torch.float64), ours.hidden),
+        stability(windows),
+    ]
+    found = dvc_value(
+        rank_normalise(torch.stack(in_layers, dim=1)),
+        rank_normalise(torch.stack(whole, dim=1)),
+        torch.tensor(w, dtype=torch.float64),
+        torch.tensor(alpha, dtype=torch.float64),
+    )
+
+    slow_layers = [
+        [
+            [oracles.quality(h, *spreads[x]) for h in ours.hidden[x]],
+            [
+                oracles.relevance(g, int(y), reference.full[x], reference.labels.tolist())
+                for g, y in zip(ours.full[x], ours.labels, strict=True)
+            ],
+            [oracles.diversity(h, selected.hidden[x], 0.5) for h in ours.hidden[x]],
+        ]
+        for x in layers
+    ]
+    slow_whole = [
+        [oracles.gradient_impact(rows(ours.full, i), momentum) for i in range(n)],
+        [oracles.uncertainty(predictive[i], rows(ours.hidden, i)) for i in range(n)],
+        [oracles.stability(row) for row in windows.tolist()],
+    ]
+    ranks = [[oracles.rank_normalise(values) for values in layer] for layer in slow_layers]
+    last = [oracles.rank_normalise(values) for values in slow_whole]
+    expected = [
+        oracles.dvc_value(
+            [[values[i] for values in layer] for layer in ranks],
+            [values[i] for values in last],
+            w,
+            alpha,
+        )
+        for i in range(n)
+    ]
+    torch.testing.assert_close(found.double(), torch.tensor(expected, dtype=torch.float64))

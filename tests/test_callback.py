@@ -1,0 +1,452 @@
+import csv
+import math
+import random
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.problems import WIDTH, Faulty, Net, good, repeated, trainer, wrong
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from lightning_dvc import DVC, BayesianWeights, DVCCallback, DVCDataModule, FixedWeights, Random
+from lightning_dvc.errors import BadSampleError, CaptureError, ConfigurationError, ObjectiveError
+
+
+def make(sources=None, **settings):
+    sources = sources or {"good": good(), "wrong": wrong(), "repeated": repeated()}
+    settings = {"val": good(90, seed=50), "budget": 120, "batch_size": 16, "rounds": 3, **settings}
+    return DVCDataModule(sources, **settings)
+
+
+def fit(datamodule=None, net=None, callback=None, **settings):
+    datamodule, net = datamodule or make(), net or Net()
+    callback = callback or DVCCallback(monitor="val_acc")
+    ckpt_path = settings.pop("ckpt_path", None)
+    run = trainer(callbacks=[callback, *settings.pop("callbacks", [])], **settings)
+    run.fit(net, datamodule, ckpt_path=ckpt_path)
+    return datamodule, net, callback
+
+
+class Sizes(Callback):
+    """Notes how many samples are selected when an epoch's batches begin."""
+
+    def __init__(self):
+        self.selected = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 0:
+            self.selected.append(len(trainer.datamodule.selected_ids))
+
+
+# --- what is selected is trained on ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("strategy", [DVC, Random])
+def test_every_epoch_trains_on_what_is_selected_then(strategy, num_workers):
+    sizes = Sizes()
+    datamodule = make(num_workers=num_workers)
+    _, net, callback = fit(datamodule, callback=DVCCallback(strategy()), callbacks=[sizes])
+    assert [sum(batches) for batches in net.seen.values()] == sizes.selected
+    assert sizes.selected == sorted(sizes.selected)
+    assert 4 < sizes.selected[0] < sizes.selected[1]  # already more than the warm-up in epoch 0
+    assert sizes.selected[-2:] == [120, 120]
+    assert callback.rounds_done == 3
+
+
+def test_rounds_are_spread_over_the_epochs_asked_for():
+    sizes = Sizes()
+    fit(callback=DVCCallback(every_n_epochs=2), callbacks=[sizes], max_epochs=8)
+    selected = sizes.selected
+    assert selected[0] == selected[1] < selected[2] == selected[3] < selected[4] == 120
+
+
+def test_fewer_epochs_than_rounds_still_spend_the_budget():
+    datamodule, _, callback = fit(make(rounds=20), max_epochs=2)
+    assert callback.rounds_done == 2
+    assert len(datamodule.selected_ids) == 120
+
+
+def test_budget_of_everything_selects_everything():
+    datamodule, _, _ = fit(make({"good": good(40), "wrong": wrong(20)}, budget=1.0))
+    assert sorted(datamodule.selected_ids.tolist()) == list(range(60))
+
+
+def test_no_validation_data():
+    datamodule, _, _ = fit(make(val=None), callback=DVCCallback())
+    assert len(datamodule.selected_ids) == 120
+
+
+def test_trial_run_does_one_round_of_the_planned_ones():
+    datamodule, _, callback = fit(fast_dev_run=True)
+    assert callback.rounds_done == 1
+    assert len(datamodule.selected_ids) < 60
+
+
+# --- it chooses well ---------------------------------------------------------------------------
+
+
+def test_planted_sources_get_what_they_deserve():
+    datamodule, _, _ = fit(make(rounds=6), max_epochs=8)
+    table = datamodule.selection
+    later = [s for s, r in zip(table.source, table.round.tolist(), strict=True) if r > 0]
+    shares = {name: later.count(name) / len(later) for name in ("good", "wrong", "repeated")}
+    assert shares["good"] > 0.8
+    assert shares["wrong"] < 0.05
+
+
+def test_selection_tells_why():
+    datamodule, _, _ = fit(callback=DVCCallback(DVC(FixedWeights({"relevance": 1}))))
+    table = datamodule.selection
+    scored = table.round > 0
+    assert (table.value[scored] >= 0).all()
+    assert (table.value[scored] <= 1).all()
+    assert table.raw[scored].isfinite().all()
+    assert table.weights[scored][:, 1].eq(1).all()
+    assert table.raw[~scored].isnan().all()
+
+
+def test_weights_are_learnt_from_the_monitored_score():
+    weights = BayesianWeights(seed=0, initial=2)
+    callback = DVCCallback(DVC(weights), monitor="val_acc")
+    fit(make(rounds=5), callback=callback, max_epochs=6)
+    observed = weights.state_dict()["observations"]
+    assert len(observed) == 4  # the score of each round but the last, once
+    assert all(0 < row[-1] <= 1 for row in observed)
+    assert [row[-2] for row in observed] == pytest.approx([0, 0.2, 0.4, 0.6])
+    in_force = {tuple(row) for row in fit_weights(callback)}
+    assert len(in_force) > 1
+
+
+def fit_weights(callback):
+    return [row[:6] for row in callback.strategy.weights.state_dict()["observations"]]
+
+
+def test_smaller_is_better_turns_the_score_around():
+    class Lossy(Net):
+        def validation_step(self, batch, batch_idx):
+            self.log("val_loss", self.training_step(batch, batch_idx))
+
+    weights = BayesianWeights()
+    fit(net=Lossy(), callback=DVCCallback(DVC(weights), monitor="val_loss", mode="min"))
+    assert all(row[-1] < 0 for row in weights.state_dict()["observations"])
+
+
+# --- nothing else is disturbed -----------------------------------------------------------------
+
+
+class Dropping(Net):
+    """Dropout and BatchNorm, the usual victims."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(16)
+        self.drop = nn.Dropout(0.3)
+
+    def forward(self, x):
+        return self.head(self.drop(self.norm(self.body(x)).relu()))
+
+
+def global_streams():
+    return torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # noqa: NPY002
+
+
+def test_scoring_without_adding_leaves_no_trace():
+    class LooksOnly(DVC):
+        def choose(self, this):
+            choice = super().choose(this)
+            nothing = torch.empty(0, dtype=torch.int64)
+            return type(choice).unscored(nothing)
+
+    def run(strategy):
+        torch.manual_seed(7)
+        random.seed(7)
+        np.random.seed(7)  # noqa: NPY002
+        _, net, _ = fit(make(warmup=0.5), Dropping(), DVCCallback(strategy))
+        return net.state_dict(), global_streams()
+
+    (looked, streams), (blind, other_streams) = run(LooksOnly()), run(NoChoice())
+    assert all(torch.equal(looked[name], blind[name]) for name in blind)
+    assert torch.equal(streams[0], other_streams[0])
+    assert streams[1:] == other_streams[1:]
+
+
+class NoChoice(Random):
+    def choose(self, this):
+        choice = super().choose(this)
+        return type(choice).unscored(choice.add[:0])
+
+
+# --- samples that cannot be used ---------------------------------------------------------------
+
+
+FAULTS = {3: "raises", 8: "nan", 21: "inf"}
+
+
+def faulty(**settings):
+    # Everything is drawn, so that every fault is met.
+    return make({"good": good(40), "faulty": Faulty(FAULTS)}, budget=70, oversample=4, **settings)
+
+
+def test_samples_that_fail_are_set_aside_and_named():
+    with pytest.warns(UserWarning, match="samples could not be scored and are set aside") as caught:
+        datamodule, _, _ = fit(faulty(warmup=0.5), max_epochs=5)
+    assert sum("set aside" in str(entry.message) for entry in caught) == 1
+    found = {entry.index: entry.reason for entry in datamodule.selection.set_aside}
+    assert found.keys() == FAULTS.keys()
+    assert found[3] == "reading it raised OSError: page 3 is torn"
+    assert found[8] == found[21] == "its loss, a feature or a gradient is not finite"
+    ids = datamodule.pools.ids_of(1, torch.tensor(list(FAULTS)))
+    assert not torch.isin(datamodule.selected_ids, ids).any()
+    assert len(datamodule.selected_ids) == 70
+
+
+def test_samples_that_fail_stop_the_run_if_asked_to():
+    with pytest.raises(BadSampleError, match="page 3 is torn|not finite"):
+        fit(faulty(warmup=0.5), callback=DVCCallback(on_bad_sample="raise"))
+
+
+# --- what cannot work fails before training ----------------------------------------------------
+
+
+class NoLayer(Net):
+    def __init__(self):
+        super().__init__()
+        self.body = self.head = None
+        self.weight = nn.Parameter(torch.zeros(WIDTH, 3))
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+class OwnLoss(Net):
+    def training_step(self, batch, batch_idx):
+        return (self(batch[0]).logsumexp(1) - self(batch[0])[range(len(batch[1])), batch[1]]).mean()
+
+
+class Manual(Net):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+
+class WrongShape(Net):
+    def per_sample_loss(self, batch):
+        return F.cross_entropy(self(batch[0]), batch[1]), None
+
+
+@pytest.mark.parametrize(
+    ("net", "callback", "error", "message"),
+    [
+        (NoLayer(), {}, CaptureError, "no trainable Linear or Conv2d"),
+        (Net(), {"layers": ["tail"]}, CaptureError, "'tail' does not exist"),
+        (OwnLoss(), {}, ObjectiveError, "pass objective="),
+        (Manual(), {}, ObjectiveError, "optimises manually"),
+        (WrongShape(), {}, ObjectiveError, "losses of shape"),
+        (Net(), {"monitor": "val_f1"}, ConfigurationError, r"val_f1.*logged \['val_acc'\]"),
+    ],
+)
+def test_fails_before_the_first_step(net, callback, error, message):
+    with pytest.raises(error, match=message):
+        fit(net=net, callback=DVCCallback(**callback))
+    assert net.seen == {}
+
+
+def test_overfit_batches_is_refused():
+    with pytest.raises(ConfigurationError, match="overfit_batches replaces the sampler"):
+        fit(overfit_batches=2)
+
+
+def test_another_datamodule_is_refused():
+    with pytest.raises(ConfigurationError, match=r"DVCDataModule.wrap"):
+        trainer(callbacks=[DVCCallback()]).fit(Net(), make().train_dataloader())
+
+
+def test_a_strategy_that_learns_needs_a_score():
+    with pytest.raises(ConfigurationError, match="monitor is None"):
+        DVCCallback(DVC(BayesianWeights()))
+    callback = DVCCallback(DVC(BayesianWeights()), monitor="val_acc")
+    with pytest.raises(ConfigurationError, match="limit_val_batches=0"):
+        fit(callback=callback, limit_val_batches=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mode": "best"}, "'max' or 'min'"),
+        ({"every_n_epochs": 0}, "every_n_epochs must be at least 1"),
+        ({"score_batch_size": 0}, "score_batch_size must be at least 1"),
+        ({"on_bad_sample": "ignore"}, "'set_aside' or 'raise'"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, message):
+    with pytest.raises(ConfigurationError, match=message):
+        DVCCallback(**settings)
+
+
+def test_a_missing_score_that_shows_late_is_an_error_too():
+    class Shy(Net):
+        def validation_step(self, batch, batch_idx):
+            if not self.trainer.sanity_checking:
+                super().validation_step(batch, batch_idx)
+
+    fit(net=Shy())  # logs in the end
+    with pytest.raises(ConfigurationError, match="val_f1"):
+        fit(net=Shy(), callback=DVCCallback(monitor="val_f1"))
+
+
+# --- objectives of every kind ------------------------------------------------------------------
+
+
+class Regression(Net):
+    def __init__(self):
+        super().__init__(d_out=1)
+
+    def training_step(self, batch, batch_idx):
+        return F.mse_loss(self(batch[0]).squeeze(1), batch[1].float())
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_acc", -self.training_step(batch, batch_idx))
+
+
+class Gaussian(Regression):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(16, 2)
+
+    def training_step(self, batch, batch_idx):
+        mean, log_variance = self(batch[0]).unbind(1)
+        return F.gaussian_nll_loss(mean, batch[1].float(), log_variance.exp())
+
+
+class MultiLabel(Regression):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(16, 3)
+
+    def training_step(self, batch, batch_idx):
+        return F.binary_cross_entropy_with_logits(self(batch[0]), F.one_hot(batch[1], 3).float())
+
+
+class ManualWithLosses(Net):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def per_sample_loss(self, batch):
+        logits = self(batch[0])
+        return F.cross_entropy(logits, batch[1], reduction="none"), logits, batch[1]
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.per_sample_loss(batch)[0].mean())
+        optimizer.step()
+
+
+@pytest.mark.parametrize("net", [Regression, Gaussian, MultiLabel, ManualWithLosses])
+def test_other_tasks_run_to_the_end(net):
+    datamodule, net, _ = fit(net=net())
+    assert len(datamodule.selected_ids) == 120
+    assert datamodule.selection.raw[datamodule.selection.round > 0].isfinite().all()
+
+
+def test_dict_batches_and_an_objective_of_the_user():
+    class Dicts(TensorDataset):
+        def __getitem__(self, index):
+            x, y = super().__getitem__(index)
+            return {"x": x, "label": y}
+
+    class Reader(Net):
+        def training_step(self, batch, batch_idx):
+            return OwnLoss.training_step(self, (batch["x"], batch["label"]), batch_idx)
+
+        def validation_step(self, batch, batch_idx):
+            super().validation_step((batch["x"], batch["label"]), batch_idx)
+
+    def objective(module, batch):
+        logits = module(batch["x"])
+        return F.cross_entropy(logits, batch["label"], reduction="none"), logits, batch["label"]
+
+    sources = {"good": Dicts(*good().tensors), "wrong": Dicts(*wrong().tensors)}
+    datamodule = make(sources, val=Dicts(*good(60, seed=9).tensors))
+    net = Reader()
+    net.on_train_batch_end = lambda *args: None
+    fit(datamodule, net, DVCCallback(objective=objective))
+    assert len(datamodule.selected_ids) == 120
+
+
+# --- it goes on where it stopped ---------------------------------------------------------------
+
+
+def strategies():
+    return [
+        DVC(),
+        DVC(BayesianWeights(initial=2)),
+        DVC(stability_window=0, cache_bytes=0),
+        Random(),
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")
+@pytest.mark.parametrize("number", range(len(strategies())))
+@pytest.mark.parametrize("stop", [1, 3])
+def test_a_resumed_run_ends_like_the_uninterrupted_one(tmp_path, number, stop):
+    def parts():
+        callback = DVCCallback(strategies()[number], monitor="val_acc")
+        return make(rounds=5), Net(), callback
+
+    datamodule, net, _ = fit(*parts(), max_epochs=6)
+    settings = {"max_epochs": 6, "enable_checkpointing": True}
+    saver = ModelCheckpoint(tmp_path, save_last=True)
+    fit(*parts(), callbacks=[saver, StopAfter(stop)], **settings)
+    path = tmp_path / "last.ckpt"
+    torch.load(path, weights_only=True)
+    again, other, _ = parts_again = parts()
+    fit(*parts_again, callbacks=[saver], ckpt_path=path, **settings)
+    assert again.selected_ids.tolist() == datamodule.selected_ids.tolist()
+    assert torch.equal(again.selection.raw.nan_to_num(), datamodule.selection.raw.nan_to_num())
+    for mine, theirs in zip(other.parameters(), net.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+class StopAfter(Callback):
+    def __init__(self, epochs):
+        self.epochs = epochs
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        if trainer.current_epoch + 1 == self.epochs:
+            trainer.should_stop = True
+
+
+# --- it tells what it does ---------------------------------------------------------------------
+
+
+def test_figures_of_every_round_reach_the_logger(tmp_path):
+    _, net, callback = fit(logger=CSVLogger(tmp_path, name="run", version=""))
+    with (tmp_path / "run" / "metrics.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["dvc/round"]]
+    assert [float(row["dvc/round"]) for row in rows] == [1, 2, 3]
+    steps = [0]
+    for batches in net.seen.values():
+        steps.append(steps[-1] + len(batches))
+    assert [int(row["step"]) for row in rows] == steps[:3]
+    shares = [sum(float(r[f"dvc/share/{n}"]) for n in ("good", "wrong", "repeated")) for r in rows]
+    assert shares == pytest.approx([1, 1, 1])
+    for name in ("reward/good", "weight/relevance", "metric/stability", "cache_hit_rate"):
+        assert math.isfinite(float(rows[-1][f"dvc/{name}"]))
+    assert 0 < float(rows[-1]["dvc/selection_time_share"]) < 1
+    assert callback.watch.seconds.keys() >= {"examine", "draw", "score", "choose", "learn", "apply"}
+
+
+def test_no_warnings_of_our_own():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit()
+    ours = [str(entry.message) for entry in caught if "lightning_dvc" in str(entry.filename)]
+    assert ours == []

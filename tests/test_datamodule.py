@@ -1,0 +1,230 @@
+import pytest
+import torch
+from helpers.problems import Net, good, trainer, wrong
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+from lightning_dvc import DVCDataModule, Source
+from lightning_dvc.errors import ConfigurationError, StateError
+from lightning_dvc.records import BadSample, Choice
+
+
+def make(sources=None, **settings):
+    sources = {"a": good(60), "b": wrong(40)} if sources is None else sources
+    return DVCDataModule(sources, **{"budget": 30, "batch_size": 8, **settings})
+
+
+def ready(*args, **settings):
+    datamodule = make(*args, **settings)
+    datamodule.setup("fit")
+    return datamodule
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter([])
+
+
+class NoLength(Dataset):
+    def __getitem__(self, index):
+        return index
+
+
+# --- what cannot be ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sources", "settings", "message"),
+    [
+        ({}, {}, "at least one"),
+        ({"a": TensorDataset(torch.empty(0, 2))}, {}, "'a' has no samples"),
+        ({"a": Stream()}, {}, "map-style dataset .* got Stream"),
+        ({"a": NoLength()}, {}, "map-style dataset .* got NoLength"),
+        (None, {"budget": 0}, "above 0 and at most 100 .* is 0"),
+        (None, {"budget": 0.0}, "above 0"),
+        (None, {"budget": 101}, "at most 100 .* is 101"),
+        (None, {"budget": 1.5}, r"at most 1.0 .* is 1.5"),
+        (None, {"budget": "many"}, "a fraction .* or a count .* 'many'"),
+        (None, {"budget": True}, "a fraction .* or a count"),
+        (None, {"batch_size": 0}, "batch_size >= 1"),
+        (None, {"num_workers": -1}, "num_workers >= 0"),
+        (None, {"seed": -1}, "seed must be at least 0"),
+        (None, {"warmup": 0.0}, "warmup must be greater than 0"),
+        (None, {"rounds": 0}, "rounds must be at least 1"),
+        (None, {"oversample": 0.5}, "oversample must be at least 1"),
+        (None, {"val": Stream()}, "val needs __len__"),
+        (None, {"val": TensorDataset(torch.empty(0, 2))}, "val is empty"),
+        (
+            {"a": Source(good(10), min_share=0.5), "b": good(90)},
+            {"budget": 50},
+            "'a' must fill 25 of the budget of 50 .* holds 10",
+        ),
+        (
+            {"a": Source(good(60), min_share=0.7), "b": Source(good(60), min_share=0.7)},
+            {},
+            "add up to 1.4",
+        ),
+        (
+            {"a": Source(good(60), max_share=0.2), "b": Source(good(60), max_share=0.2)},
+            {},
+            "add up to 0.4",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused_at_once(sources, settings, message):
+    with pytest.raises(ConfigurationError, match=message):
+        make(sources, **settings)
+
+
+def test_training_without_a_callback_is_refused():
+    with pytest.raises(ConfigurationError, match=r"add DVCCallback\(\)"):
+        trainer().fit(Net(), make())
+
+
+# --- the warm-up and the loader ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("budget", "count"), [(0.5, 50), (1.0, 100), (1, 1), (100, 100)])
+def test_budget_is_a_fraction_or_a_count(budget, count):
+    assert make(budget=budget).budget == count
+
+
+def test_warm_up_comes_equally_from_all_sources():
+    datamodule = ready(warmup=0.4)
+    assert datamodule.selection.shares() == {"a": 0.5, "b": 0.5}
+    assert len(datamodule.selection) == 12
+    assert datamodule.selection.round.tolist() == [0] * 12
+    assert datamodule.selection.value.isnan().all()
+
+
+def test_warm_up_keeps_to_the_shares():
+    sources = {"a": Source(good(60), max_share=0.1), "b": Source(good(60), min_share=0.6)}
+    shares = ready({**sources, "c": good(60)}, warmup=1.0, budget=40).selection.shares()
+    assert shares["a"] <= 0.1
+    assert shares["b"] >= 0.6
+
+
+def test_setting_up_again_draws_nothing():
+    datamodule = ready()
+    ids = datamodule.selected_ids
+    datamodule.setup("fit")
+    assert torch.equal(datamodule.selected_ids, ids)
+
+
+def test_seeds_tell_the_warm_up():
+    assert torch.equal(ready(seed=1).selected_ids, ready(seed=1).selected_ids)
+    assert not torch.equal(ready(seed=1).selected_ids, ready(seed=2).selected_ids)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_loader_is_always_the_same_and_follows_the_selection(num_workers):
+    datamodule = ready(num_workers=num_workers)
+    loader = datamodule.train_dataloader()
+    state = torch.get_rng_state()
+
+    def emitted():
+        return torch.cat([x for x, _ in loader]).sort(dim=0).values
+
+    def expected():
+        rows = [datamodule.pools.dataset[i][0] for i in datamodule.selected_ids.tolist()]
+        return torch.stack(rows).sort(dim=0).values
+
+    assert torch.equal(emitted(), expected())
+    datamodule.apply(Choice.unscored(datamodule.pools.draw(0, 5, "more")), 1)
+    assert datamodule.train_dataloader() is loader
+    assert torch.equal(emitted(), expected())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_other_loaders_exist_only_for_what_was_given():
+    datamodule = make(val=good(20), test=good(10))
+    assert len(datamodule.val_dataloader()) == 3
+    assert len(datamodule.test_dataloader().dataset) == 10
+    with pytest.raises(Exception, match="predict_dataloader` must be implemented"):
+        datamodule.predict_dataloader()
+
+
+def test_printing_it_is_harmless():
+    datamodule = ready(val=good(20))
+    before = datamodule.selected_ids
+    assert "train" in str(datamodule).lower()
+    assert torch.equal(datamodule.selected_ids, before)
+
+
+# --- a round's decision ------------------------------------------------------------------------
+
+
+def test_apply_adds_takes_back_and_sets_aside():
+    datamodule = ready(warmup=1.0, budget=10)
+    first, second, *_ = datamodule.selected_ids.tolist()
+    fresh = datamodule.pools.draw(1, 3, "more")
+    choice = Choice.unscored(fresh[:2])
+    choice = Choice(choice.add, choice.values, choice.raw, choice.weights, torch.tensor([first]))
+    bad = [BadSample(second, "torn"), BadSample(int(fresh[2]), "not finite")]
+    datamodule.apply(choice, 1, bad)
+    selected = datamodule.selected_ids.tolist()
+    assert selected[-2:] == fresh[:2].tolist()
+    assert {first, second, int(fresh[2])}.isdisjoint(selected)
+    assert len(selected) == 10
+    reasons = [entry.reason for entry in datamodule.selection.set_aside]
+    assert reasons == ["torn", "not finite"]
+    again = torch.cat([datamodule.pools.draw(arm, 1000, "all") for arm in (0, 1)]).tolist()
+    assert {first, second, *selected, int(fresh[2])}.isdisjoint(again)
+
+
+def test_state_survives_a_file_read_with_weights_only(tmp_path):
+    datamodule = ready()
+    fresh = datamodule.pools.draw(1, 4, "more")
+    datamodule.apply(Choice.unscored(fresh[:3]), 2, [BadSample(int(fresh[3]), "torn")])
+    torch.save(datamodule.state_dict(), tmp_path / "state.pt")
+    other = make()
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    other.setup("fit")
+    assert torch.equal(other.selected_ids, datamodule.selected_ids)
+    assert other.selection.columns()["round"] == datamodule.selection.columns()["round"]
+    assert other.selection.set_aside == datamodule.selection.set_aside
+    assert other.pools.stock.tolist() == datamodule.pools.stock.tolist()
+    assert [x.tolist() for x, _ in other.train_dataloader()] == [
+        x.tolist() for x, _ in datamodule.train_dataloader()
+    ]
+
+
+def test_state_of_other_sources_is_refused():
+    with pytest.raises(StateError, match="'a': 60, 'b': 40"):
+        make({"a": good(60)}).load_state_dict(ready().state_dict())
+
+
+# --- a saved selection -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv"])
+def test_saved_selection_is_trained_on_without_a_callback(tmp_path, suffix):
+    datamodule = ready(warmup=1.0)
+    path = tmp_path / f"selected{suffix}"
+    (datamodule.selection.to_parquet if suffix == ".parquet" else datamodule.selection.to_csv)(path)
+    again = DVCDataModule.from_selection(path, {"a": good(60), "b": wrong(40)}, batch_size=8)
+    net = Net()
+    trainer(max_epochs=2).fit(net, again)
+    assert {epoch: sum(sizes) for epoch, sizes in net.seen.items()} == {0: 30, 1: 30}
+    assert torch.equal(again.selected_ids, datamodule.selected_ids)
+    assert again.selection.columns()["index"] == datamodule.selection.columns()["index"]
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [({"a": good(60)}, r"sources \['b'\]"), ({"a": good(60), "b": good(2)}, "which holds 2")],
+)
+def test_saved_selection_of_other_sources_is_refused(sources, message):
+    selection = ready(warmup=1.0).selection
+    with pytest.raises(StateError, match=message):
+        DVCDataModule.from_selection(selection, sources)
+
+
+def test_loader_settings_reach_every_loader():
+    def collate(samples):
+        return torch.stack([x for x, _ in samples])
+
+    datamodule = ready(val=good(8), collate_fn=collate)
+    for loader in (datamodule.train_dataloader(), datamodule.val_dataloader()):
+        assert isinstance(loader, DataLoader)
+        assert loader.batch_size == 8
+        assert next(iter(loader)).ndim == 2

@@ -1,0 +1,90 @@
+import pytest
+import torch
+import torch.multiprocessing as mp
+from helpers.problems import Net, good, repeated, trainer, wrong
+from lightning.pytorch.callbacks import Callback
+
+from lightning_dvc import DVCCallback, DVCDataModule
+from lightning_dvc.distributed import Group
+
+WORLD = 3
+
+
+@pytest.mark.parametrize(("n", "batch_size"), [(0, 4), (1, 4), (10, 4), (12, 4), (13, 1), (3, 100)])
+@pytest.mark.parametrize("world_size", [1, 2, 5])
+def test_shards_are_whole_batches_of_everything_in_order(n, batch_size, world_size):
+    ids = torch.arange(n)
+    parts = [Group(rank, world_size).shard(ids, batch_size) for rank in range(world_size)]
+    assert torch.equal(torch.cat(parts), ids)
+    starts = [int(part[0]) for part in parts if len(part)]
+    assert all(start % batch_size == 0 for start in starts)
+    batches = [-(-len(part) // batch_size) for part in parts]
+    assert max(batches) - min(batches) <= 1
+
+
+def _work(rank, port, queue):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD
+    )
+    group = Group(rank, WORLD)
+    rows = torch.arange(rank * 10, rank * 10 + rank)[:, None].repeat(1, 2)  # 0, 1 and 2 rows
+    big = torch.tensor([2**53 + rank])  # no float holds it
+    queue.put(
+        (
+            rank,
+            group.gather(rows).tolist(),
+            group.gather(big).tolist(),
+            group.sum(torch.tensor([1.0, rank])).tolist(),
+            group.gather_objects([f"from {rank}"] * rank),
+        )
+    )
+    torch.distributed.destroy_process_group()
+
+
+def test_every_rank_gathers_the_same(unused_port):
+    queue = mp.get_context("spawn").SimpleQueue()
+    mp.spawn(_work, args=(unused_port, queue), nprocs=WORLD)
+    for _ in range(WORLD):
+        rank, rows, big, total, objects = queue.get()
+        assert rows == [[10, 10], [20, 20], [21, 21]]
+        assert big == [2**53, 2**53 + 1, 2**53 + 2]
+        assert total == [3.0, 3.0]
+        assert objects == ["from 1", "from 2", "from 2"], rank
+
+
+def test_one_process_needs_no_group():
+    rows = torch.ones(2, 3)
+    assert Group().gather(rows) is rows
+    assert Group().sum(rows) is rows
+    assert Group().gather_objects([1]) == [1]
+
+
+class AgreedIds(Callback):
+    """Every rank checks, inside the run, that all ranks selected the same, and writes it down."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        ids = trainer.datamodule.selected_ids
+        group = Group(trainer.global_rank, trainer.world_size)
+        assert group.gather_objects([ids.tolist()]) == [ids.tolist()] * trainer.world_size
+        if trainer.is_global_zero and trainer.current_epoch == 0:
+            torch.save(ids, self.path)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*sync_dist=True:UserWarning")
+def test_two_processes_select_what_one_selects(tmp_path):
+    def first_round(path, **settings):
+        sources = {"good": good(), "wrong": wrong(), "repeated": repeated()}
+        datamodule = DVCDataModule(sources, good(90, seed=50), budget=121, batch_size=16, rounds=3)
+        callback = DVCCallback(monitor="val_acc", score_batch_size=32)
+        run = trainer(callbacks=[callback, AgreedIds(path)], max_epochs=3, **settings)
+        run.fit(Net(), datamodule)
+        return torch.load(path)
+
+    alone = first_round(tmp_path / "one.pt")
+    together = first_round(tmp_path / "two.pt", devices=2, strategy="ddp_fork")
+    # Equal after the round of epoch 0, which starts from equal models; training then differs.
+    assert torch.equal(alone, together)

@@ -1,0 +1,186 @@
+import pytest
+import torch
+from helpers.problems import Net, good, trainer, wrong
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    IterableDataset,
+    SequentialSampler,
+    WeightedRandomSampler,
+)
+
+from lightning_dvc import DVCCallback, DVCDataModule, split_by
+from lightning_dvc.errors import ConfigurationError
+
+
+def doubling(samples):
+    x, y = zip(*samples, strict=True)
+    return 2 * torch.stack(x), torch.stack(y)
+
+
+class Existing(LightningDataModule):
+    """Somebody's datamodule: makes its datasets in setup, has a collate function and a hook."""
+
+    def __init__(self, **loader):
+        super().__init__()
+        self.loader = {"batch_size": 16, "collate_fn": doubling, **loader}
+        self.calls = []
+
+    def prepare_data(self):
+        self.calls.append("prepare_data")
+
+    def setup(self, stage):
+        self.calls.append(("setup", stage))
+        assert self.trainer is not None
+        self.train = ConcatDataset([good(60), wrong(40)])
+        self.val = good(30, seed=5)
+
+    def train_dataloader(self):
+        return DataLoader(self.train, **self.loader)
+
+    def val_dataloader(self):
+        return DataLoader(self.val, batch_size=10, collate_fn=doubling)
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        self.calls.append("on_after_batch_transfer")
+        return batch
+
+    def teardown(self, stage):
+        self.calls.append(("teardown", stage))
+
+
+class Watching(Net):
+    def training_step(self, batch, batch_idx):
+        assert batch[0].abs().mean() > 2.5  # doubled by the project's own collate
+        return super().training_step(batch, batch_idx)
+
+
+def fit(existing, sources=None, **settings):
+    datamodule = DVCDataModule.wrap(existing, sources, budget=0.3, rounds=2, **settings)
+    net = Watching()
+    trainer(max_epochs=3, callbacks=[DVCCallback(monitor="val_acc")]).fit(net, datamodule)
+    return datamodule, net
+
+
+BY_NAME = ["good"] * 60 + ["wrong"] * 40
+
+
+@pytest.mark.parametrize(
+    "sources",
+    [
+        BY_NAME,
+        {"good": range(60), "wrong": range(60, 100)},
+        {"good": torch.arange(60), "wrong": list(range(60, 100))},
+        {"good": good(60), "wrong": wrong(40)},
+        None,
+    ],
+    ids=["names", "ranges", "indices", "datasets", "one source"],
+)
+def test_an_existing_datamodule_keeps_what_it_does(sources):
+    existing = Existing()
+    datamodule, net = fit(existing, sources)
+    names = ["train"] if sources is None else ["good", "wrong"]
+    assert datamodule.pools.names == names
+    assert datamodule.budget == len(datamodule.selection) == 30
+    assert {
+        "prepare_data",
+        ("setup", "fit"),
+        "on_after_batch_transfer",
+        ("teardown", "fit"),
+    } <= set(existing.calls)
+    assert sum(net.seen[2]) == 30
+    assert datamodule.reference is existing.val
+    assert datamodule.train_dataloader().collate_fn is doubling
+
+
+def test_hooks_it_does_not_have_stay_the_models():
+    class Plain(Existing):
+        on_after_batch_transfer = LightningDataModule.on_after_batch_transfer
+
+    class WithHook(Watching):
+        transferred = 0
+
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            self.transferred += 1
+            return batch
+
+    datamodule = DVCDataModule.wrap(Plain(), budget=0.3)
+    net = WithHook()
+    with pytest.warns(
+        UserWarning, match="overridden `on_after_batch_transfer` in `LightningModule`"
+    ):
+        trainer(max_epochs=1, callbacks=[DVCCallback()]).fit(net, datamodule)
+    assert net.transferred > 0
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter([])
+
+
+class TwoLoaders(Existing):
+    def train_dataloader(self):
+        return [super().train_dataloader(), super().train_dataloader()]
+
+
+class OfAStream(Existing):
+    def train_dataloader(self):
+        return DataLoader(Stream())
+
+
+class OwnBatches(Existing):
+    def train_dataloader(self):
+        class Mine(BatchSampler):
+            pass
+
+        sampler = Mine(SequentialSampler(self.train), 4, drop_last=False)
+        return DataLoader(self.train, batch_sampler=sampler)
+
+
+@pytest.mark.parametrize(
+    ("existing", "sources", "message"),
+    [
+        (TwoLoaders(), None, "returned a list"),
+        (OfAStream(), None, "Stream is iterable-only"),
+        (OwnBatches(), None, r"batch_sampler of its own \(Mine\)"),
+        (Existing(), ["good"] * 7, "each of 100 samples, but got 7"),
+        (Existing(), {"good": range(101)}, r"in 0 \.\. 99"),
+        (Existing(), {"good": range(60), "wrong": range(50, 100)}, "more than one source"),
+    ],
+)
+def test_what_cannot_be_wrapped_is_refused(existing, sources, message):
+    with pytest.raises(ConfigurationError, match=message):
+        fit(existing, sources)
+
+
+def test_weighted_sampler_is_replaced_with_a_warning():
+    class Weighted(Existing):
+        def train_dataloader(self):
+            sampler = WeightedRandomSampler(torch.ones(100).tolist(), 50)
+            return DataLoader(self.train, sampler=sampler, **self.loader)
+
+    with pytest.warns(UserWarning, match="its weights no longer count"):
+        fit(Weighted())
+
+
+def test_pools_are_known_only_after_setup():
+    datamodule = DVCDataModule.wrap(Existing(), budget=0.3)
+    with pytest.raises(ConfigurationError, match='after setup\\("fit"\\)'):
+        _ = datamodule.selection
+
+
+def test_validation_needs_no_pools(tmp_path):
+    datamodule, net = fit(Existing(), BY_NAME)
+    saved = datamodule.state_dict()
+    fresh = DVCDataModule.wrap(Existing(), BY_NAME, budget=0.3, rounds=2)
+    fresh.load_state_dict(saved)
+    trainer().validate(net, fresh, verbose=False)
+    assert fresh.state_dict() == saved
+
+
+@pytest.mark.parametrize("names", [["x", "y", "x"], [1, 2, 1], torch.tensor([1, 2, 1])])
+def test_split_by_names(names):
+    parts = split_by(["a", "b", "c"], names)
+    assert [[part[i] for i in range(len(part))] for part in parts.values()] == [["a", "c"], ["b"]]
