@@ -1,5 +1,4 @@
-"""A recipe for six unequal sources out of one clean data set, so that the truth about each sample
-is known.
+"""A recipe for six unequal sources out of one clean data set, so that the truth is known.
 
 | source | what is wrong with it |
 |---|---|

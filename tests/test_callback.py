@@ -207,7 +207,7 @@ def test_samples_that_fail_are_set_aside_and_named():
 
 
 def test_samples_that_fail_stop_the_run_if_asked_to():
-    with pytest.raises(BadSampleError, match="page 3 is torn|not finite"):
+    with pytest.raises(BadSampleError, match=r"page 3 is torn|not finite"):
         fit(faulty(warmup=0.5), callback=DVCCallback(on_bad_sample="raise"))
 
 
