@@ -51,14 +51,16 @@ def diversify(
     class_ceiling: Tensor | None = None,
     duplicate_of_known: Tensor | None = None,
     duplicate_pairs: Tensor | None = None,
+    relax: bool = True,
 ) -> Diversified:
     """Choose up to ``quota`` candidates, best first, under the diversification rules.
 
     The floors of the sources are served first, each source by its own best.
 
-    If the candidates run out before the quota is met, the class ceiling is dropped, then the rule
-    against near-duplicates, and what was passed over gets another chance in the same order, so that
-    a budget is used where there is stock. The arm ceiling and the quota always hold.
+    If the candidates run out before the quota is met, and ``relax`` says so, the class ceiling is
+    dropped, then the rule against near-duplicates, and what was passed over gets another chance in
+    the same order, so that a budget is used where there is stock. The arm ceiling and the quota
+    always hold.
 
     Args:
         values: ``(n,)`` DVC values, the greater the better, no NaN.
@@ -74,6 +76,7 @@ def diversify(
             none does.
         duplicate_pairs: ``(p, 2)`` positions of candidates that nearly repeat each other. None:
             none do.
+        relax: Whether the quota matters more than classes and near-duplicates, as in a last round.
 
     Returns:
         The chosen positions and what the rules did.
@@ -106,7 +109,7 @@ def diversify(
         duplicate=[False] * len(ids) if duplicate_of_known is None else duplicate_of_known.tolist(),
         resembling=resembling,
     )
-    return choice.run(order.tolist(), quota)
+    return choice.run(order.tolist(), quota, _STAGES if relax else _STAGES[:1])
 
 
 def class_ceilings(
@@ -179,11 +182,13 @@ class _Choice:
         self.resembling = resembling
         self.chosen: list[int] = []
 
-    def run(self, order: list[int], quota: int) -> Diversified:
+    def run(
+        self, order: list[int], quota: int, stages: tuple[tuple[Rule, ...], ...]
+    ) -> Diversified:
         reasons: dict[int, Rule] = {}
         waiting = order
-        floors_first = [(rules, floor) for floor in (True, False) for rules in _STAGES]
-        for rules, floor in floors_first[0 if any(self.arm_floor) else len(_STAGES) :]:
+        floors_first = [(rules, floor) for floor in (True, False) for rules in stages]
+        for rules, floor in floors_first[0 if any(self.arm_floor) else len(stages) :]:
             left: list[int] = []
             for place, position in enumerate(waiting):
                 if len(self.chosen) == quota:

@@ -253,6 +253,8 @@ class DVC:
             class_ceiling=self._class_ceiling(scores.labels, examined.labels, quota),
             duplicate_of_known=known,
             duplicate_pairs=among,
+            # What a round leaves over, the next ones make up for with other candidates.
+            relax=this.is_last,
         )
         chosen = scores.rows(found.positions)
         figures = {f"passed_over/{rule}": float(n) for rule, n in found.passed_over.items()}

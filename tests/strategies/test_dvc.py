@@ -1,0 +1,244 @@
+"""DVC round by round, without a trainer: a real probe on a real net, and planted sources."""
+
+import math
+
+import pytest
+import torch
+from helpers.problems import CLASSES, Net, good, repeated, wrong
+from torch.utils.data import default_collate
+
+from lightning_dvc import DVC, BayesianWeights, FixedWeights, Random, Source
+from lightning_dvc.capture.guard import undisturbed
+from lightning_dvc.capture.objective import resolve_objective
+from lightning_dvc.capture.probe import Probe
+from lightning_dvc.errors import ConfigurationError
+from lightning_dvc.pools import SELECTED, TAKEN_BACK, Pools
+from lightning_dvc.strategies.base import Round
+
+BUDGET, ROUNDS = 60, 6
+
+
+class Run:
+    """Rounds of one strategy on one net that does a little training in between."""
+
+    def __init__(self, strategy, sources=None, reference=True, budget=BUDGET, oversample=4.0):
+        sources = sources or {"good": good(), "wrong": wrong(), "repeated": repeated()}
+        self.strategy, self.pools, self.net = strategy, Pools(sources), Net()
+        self.probe = Probe(self.net, resolve_objective(self.net), default_collate, batch_size=32)
+        self.reference = good(60, seed=50) if reference else None
+        self.budget, self.oversample = budget, oversample
+        arms = range(len(self.pools.names))
+        self.selected = torch.cat([self.pools.draw(arm, 2, "warm-up") for arm in arms])
+        self.pools.mark(self.selected, SELECTED)
+        self.number = 0
+
+    def round(self):
+        self.number += 1
+        this = Round(
+            number=self.number,
+            n_rounds=ROUNDS,
+            budget=self.budget,
+            oversample=self.oversample,
+            pools=self.pools,
+            selected=self.selected,
+            probe=self.probe,
+            reference=self.reference,
+        )
+        with undisturbed(self.net):
+            choice = self.strategy.choose(this)
+        self.apply(choice, this)
+        self.train()
+        return choice
+
+    def apply(self, choice, this):
+        assert torch.isin(choice.remove, self.selected).all()
+        assert not torch.isin(choice.add, self.selected).any()
+        assert len(choice.add) <= this.quota(len(choice.remove))
+        self.selected = self.selected[~torch.isin(self.selected, choice.remove)]
+        self.selected = torch.cat([self.selected, choice.add])
+        self.pools.mark(choice.remove, TAKEN_BACK)
+        self.pools.mark(choice.add, SELECTED)
+        assert len(self.selected) <= self.budget
+
+    def train(self, steps=10):
+        x, y = default_collate([self.pools.dataset[i] for i in self.selected.tolist()])
+        optimizer = self.net.configure_optimizers()
+        for _ in range(steps):
+            optimizer.zero_grad()
+            self.net.training_step((x, y), 0).backward()
+            optimizer.step()
+
+    def all(self):
+        return [self.round() for _ in range(ROUNDS)]
+
+    def shares(self):
+        counts = torch.bincount(self.pools.arms_of(self.selected), minlength=len(self.pools.names))
+        return dict(zip(self.pools.names, (counts / counts.sum()).tolist(), strict=True))
+
+
+@pytest.mark.parametrize("reference", [True, False])
+def test_rounds_fill_the_budget_and_never_exceed_it(reference):
+    run = Run(DVC(), reference=reference)
+    run.all()
+    assert len(run.selected.unique()) == len(run.selected) == BUDGET
+
+
+def test_equal_runs_choose_equally():
+    assert torch.equal(*(Run(DVC()).round().add for _ in range(2)))
+
+
+def test_the_best_candidates_are_chosen_by_the_weighted_ranks():
+    strategy = DVC(FixedWeights({"uncertainty": 1}), class_slack=math.inf, duplicate_angle=0.0)
+    run = Run(strategy, {"good": good()})
+    choice = run.round()
+    assert (choice.values.diff() <= 0).all()
+    assert (choice.raw[:, 4].diff() <= 0).all()
+    everything = Run(strategy, {"good": good()}, oversample=1.0).round().raw[:, 4]
+    assert choice.raw[:, 4].mean() > everything.mean()
+
+
+def test_repetitions_are_chosen_once():
+    sources = {"good": good(), "repeated": repeated(distinct=4)}
+    run = Run(DVC(), sources)
+    run.all()
+    mine = run.selected[run.pools.arms_of(run.selected) == 1]
+    rows = torch.stack([run.pools.dataset[i][0] for i in mine.tolist()])
+    # The warm-up draws blindly, so that its two may repeat each other.
+    assert len(mine) <= len(rows.unique(dim=0)) + 1 <= 5
+
+
+def test_wrong_labels_are_kept_out_and_taken_back():
+    run = Run(DVC(), {"good": good(), "wrong": wrong()})
+    choices = run.all()
+    assert run.shares()["wrong"] < 0.05
+    removed = torch.cat([choice.remove for choice in choices])
+    assert (run.pools.arms_of(removed) == 1).all()
+    assert len(removed) > 0
+    assert all(len(choices[number].remove) == 0 for number in (0, 1, ROUNDS - 1))
+
+
+def test_nothing_is_taken_back_if_not_wanted():
+    choices = Run(DVC(take_back=0.0), {"good": good(), "wrong": wrong()}).all()
+    assert sum(len(choice.remove) for choice in choices) == 0
+
+
+def test_classes_follow_the_mix_of_the_reference():
+    run = Run(DVC(class_slack=1.0), {"good": good()})
+    choice = run.round()
+    labels = torch.tensor([int(run.pools.dataset[i][1]) for i in choice.add.tolist()])
+    mix = torch.bincount(run.reference.tensors[1], minlength=CLASSES) + 1
+    ceiling = (len(choice.add) * mix / mix.sum()).ceil()
+    assert (torch.bincount(labels, minlength=CLASSES) <= ceiling).all()
+
+
+@pytest.mark.parametrize("strategy", [DVC, Random])
+def test_shares_of_sources_are_kept(strategy):
+    sources = {
+        "good": Source(good(), max_share=0.5),
+        "wrong": Source(wrong(), min_share=0.2),
+        "other": good(seed=70),
+    }
+    run = Run(strategy(), sources)
+    run.all()
+    shares = run.shares()
+    assert shares["good"] <= 0.5
+    assert shares["wrong"] >= 0.2
+    assert len(run.selected) == BUDGET
+
+
+def test_an_exhausted_source_leaves_the_rest_to_the_others():
+    run = Run(DVC(take_back=0.0), {"good": good(20), "wrong": wrong()})
+    run.all()
+    assert run.shares()["good"] * BUDGET >= 15
+    assert len(run.selected) == BUDGET
+
+
+def test_everything_exhausted():
+    run = Run(DVC(take_back=0.0), {"good": good(20), "more": good(15, seed=9)}, budget=35)
+    run.all()
+    assert sorted(run.selected.tolist()) == list(range(35))
+
+
+def test_random_draws_in_proportion_to_the_stock():
+    run = Run(Random(), {"large": good(300), "small": good(100)})
+    run.all()
+    assert run.shares()["large"] == pytest.approx(0.75, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        DVC,
+        lambda: DVC(BayesianWeights(initial=2)),
+        lambda: DVC(cache_dtype=torch.float16, drift_tolerance=10.0),
+        lambda: DVC(density="lsh", stability_window=1, layer_weights=[1, 3]),
+        Random,
+    ],
+)
+def test_a_restored_strategy_goes_on_the_same(make, tmp_path):
+    straight, broken = Run(make()), Run(make())
+    for run in (straight, broken):
+        for number in range(3):
+            run.round()
+            run.strategy.observe(0.5 + number / 10)
+    torch.save(broken.strategy.state_dict(), tmp_path / "state.pt")
+    broken.strategy = make()
+    broken.strategy.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for _ in range(2):
+        expected, found = straight.round(), broken.round()
+        assert torch.equal(found.add, expected.add)
+        assert torch.equal(found.remove, expected.remove)
+        assert found.weights.tolist() == pytest.approx(expected.weights.tolist(), nan_ok=True)
+        assert found.figures == expected.figures
+
+
+def test_saving_between_loading_and_the_first_round_loses_nothing():
+    run = Run(DVC())
+    run.round()
+    state = run.strategy.state_dict()
+    again = DVC()
+    again.load_state_dict(state)
+    assert again.state_dict()["observer"] == state["observer"]
+
+
+def test_candidates_drawn_again_come_from_the_cache():
+    run = Run(DVC(drift_tolerance=10.0), {"good": good(60)}, budget=40)
+    run.all()
+    assert run.strategy.state_dict()["observer"]["cache"]["hits"] > 0
+    blind = Run(DVC(drift_tolerance=0.0), {"good": good(60)}, budget=40)
+    blind.all()
+    assert blind.strategy.state_dict()["observer"]["cache"]["hits"] == 0
+
+
+def test_hashed_density_ranks_about_as_the_exact_one():
+    values = [Run(DVC(density=kind)).round().figures["candidates"] for kind in ("exact", "lsh")]
+    assert values[0] == values[1]
+    chosen = [set(Run(DVC(density=kind)).round().add.tolist()) for kind in ("exact", "lsh")]
+    assert len(chosen[0] & chosen[1]) >= 0.7 * len(chosen[0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"reference_size": 0}, "reference_size must be at least 1"),
+        ({"reservoir_size": 0}, "reservoir_size must be at least 1"),
+        ({"review_size": 0}, "review_size must be at least 1"),
+        ({"stability_window": -1}, "stability_window must be at least 0"),
+        ({"take_back": 1.5}, r"take_back must be in \[0, 1\]"),
+        ({"disown_quantile": -0.1}, r"disown_quantile must be in \[0, 1\]"),
+        ({"class_slack": 0.5}, "class_slack must be at least 1"),
+        ({"duplicate_angle": 4.0}, r"duplicate_angle must be in \[0, pi\]"),
+        ({"density": "kde"}, "'exact' or 'lsh'"),
+        ({"layer_weights": [0, 0]}, "not all 0"),
+        ({"temperature": 0.0}, "temperature must be greater than 0"),
+        ({"cache_bytes": -1}, "max_bytes"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, message):
+    with pytest.raises(ConfigurationError, match=message):
+        DVC(**settings)
+
+
+def test_layer_weights_must_fit_the_layers():
+    with pytest.raises(ConfigurationError, match="each of the 2 captured layers, but holds 3"):
+        Run(DVC(layer_weights=[1, 1, 1])).round()
