@@ -66,9 +66,33 @@ def warm_up_counts(
     quota = min(budget, max(math.ceil(share * budget - _ROUNDING), len(stock)))
     none = torch.zeros_like(stock)
     lower, upper = arm_bounds(none, quota, shares)
-    return apportion(
-        quota, torch.ones(len(stock)), *(torch.minimum(x, stock) for x in (lower, upper))
-    )
+    return divide(quota, torch.ones(len(stock)), stock, lower, upper)
+
+
+def divide(quota: int, shares: Tensor, stock: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+    """Divide a quota over the sources in proportion to shares.
+
+    Args:
+        quota: Samples to divide.
+        shares: ``(K,)`` proportions, at least 0.
+        stock: ``(K,)`` samples left in each source.
+        lower: ``(K,)`` the least from each source while it has stock; where the quota is less than
+            all of these, it is divided in proportion to them.
+        upper: ``(K,)`` the most from each source.
+
+    Returns:
+        ``(K,)`` int64, with the sum ``quota`` if stock and upper bounds allow it.
+
+    Example:
+        >>> stock, none = torch.tensor([9, 1]), torch.tensor([0, 0])
+        >>> divide(6, torch.ones(2), stock, none, stock).tolist()
+        [5, 1]
+    """
+    upper = torch.minimum(upper, stock)
+    lower = torch.minimum(lower, upper)
+    if quota < int(lower.sum()):
+        return apportion(quota, lower.double(), torch.zeros_like(lower), lower)
+    return apportion(quota, shares, lower, upper)
 
 
 def round_quota(budget: int, n_selected: int, number: int, n_rounds: int) -> int:
@@ -106,4 +130,6 @@ def arm_bounds(
     """
     least = torch.tensor([math.ceil(low * total - _ROUNDING) for low, _ in shares])
     most = torch.tensor([math.floor(high * total + _ROUNDING) for _, high in shares])
+    # Where no whole number lies between the shares, the larger share is the one to keep.
+    least = torch.minimum(least, most)
     return (least - counts).clamp(min=0), (most - counts).clamp(min=0)

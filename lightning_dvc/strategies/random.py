@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from lightning_dvc.policy.apportion import apportion
+from lightning_dvc.policy.budget import divide
 from lightning_dvc.records import Choice
 from lightning_dvc.strategies.base import Round
 
@@ -25,9 +25,7 @@ class Random:
         quota, stock = this.quota(), this.pools.stock
         none = torch.empty(0, dtype=torch.int64)
         lower, upper = this.arm_bounds(none, quota)
-        counts = apportion(
-            quota, stock.double(), torch.minimum(lower, stock), torch.minimum(upper, stock)
-        )
+        counts = divide(quota, stock.double(), stock, lower, upper)
         drawn = [
             this.pools.draw(arm, count, "random", this.number)
             for arm, count in enumerate(counts.tolist())

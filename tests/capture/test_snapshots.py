@@ -1,0 +1,94 @@
+import pytest
+import torch
+from torch import nn
+
+from lightning_dvc.capture.snapshots import Snapshots
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.norm = nn.BatchNorm1d(4)
+        self.b.weight.requires_grad_(False)
+
+
+def values(net):
+    return {name: tensor.clone() for name, tensor in net.state_dict().items()}
+
+
+def move(net, by=1.0):
+    with torch.no_grad():
+        net.a.weight.add_(by)
+        net.norm.running_mean.add_(by)
+
+
+def same(one, other):
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_each_age_gives_the_state_of_its_time_back():
+    net, snapshots, states = Net(), Snapshots(window=2), []
+    for _ in range(3):
+        states.append(values(net))
+        snapshots.push(net)
+        move(net)
+    now = values(net)
+    assert len(snapshots) == 2
+    for age, expected in enumerate([states[2], states[1]]):
+        with snapshots.applied(net, age):
+            assert same(values(net), expected)
+        assert same(values(net), now)
+
+
+def test_the_present_state_returns_after_an_error():
+    net, snapshots = Net(), Snapshots(window=1)
+    snapshots.push(net)
+    move(net)
+    now, identities = values(net), [id(p) for p in net.parameters()]
+    with pytest.raises(KeyError), snapshots.applied(net, 0):
+        raise KeyError
+    assert same(values(net), now)
+    assert [id(p) for p in net.parameters()] == identities
+
+
+def test_frozen_parameters_are_not_copied():
+    net, snapshots = Net(), Snapshots(window=1)
+    snapshots.push(net)
+    (state,) = snapshots.state_dict()["states"]
+    assert "b.weight" not in state
+    assert "b.bias" in state
+
+
+def test_drift_is_relative_to_the_last_state_and_layer_by_layer():
+    net, snapshots = Net(), Snapshots(window=3)
+    layers = {"a": net.a, "b": net.b}
+    assert snapshots.drift(net, layers).tolist() == [torch.inf, torch.inf]
+    snapshots.push(net)
+    size = sum(float(p.detach().square().sum()) for p in net.a.parameters()) ** 0.5
+    move(net, by=0.5)
+    drift = snapshots.drift(net, layers)
+    assert drift.tolist() == pytest.approx([0.5 * 12**0.5 / size, 0.0])
+
+
+def test_states_survive_a_file_and_a_shorter_window_keeps_the_latest(tmp_path):
+    net, snapshots = Net(), Snapshots(window=3)
+    for _ in range(3):
+        snapshots.push(net)
+        move(net)
+    torch.save(snapshots.state_dict(), tmp_path / "state.pt")
+    again = Snapshots(window=2)
+    again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert len(again) == 2
+    for age in range(2):
+        with snapshots.applied(net, age):
+            expected = values(net)
+        with again.applied(net, age):
+            assert same(values(net), expected)
+
+
+def test_no_window_keeps_nothing():
+    net, snapshots = Net(), Snapshots(window=0)
+    snapshots.push(net)
+    assert len(snapshots) == 0
