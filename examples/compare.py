@@ -11,7 +11,9 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
@@ -19,11 +21,10 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
 
 from examples.classifier import Classifier
-from examples.sources import Part
+from examples.datasets import Data
+from examples.sources import Part, make_sources
 from lightning_dvc import DVCCallback, DVCDataModule
 from lightning_dvc.strategies.base import Strategy
-
-BATCH_SIZE = 128
 
 
 @dataclass(frozen=True)
@@ -34,20 +35,24 @@ class Problem:
         parts: Name to source.
         val: Clean held-out samples: what candidates are compared with.
         test: Judges the models; never seen by selection.
-        hidden: Widths of the hidden layers.
         n_classes: Number of classes.
         budget: Share of all samples that may be selected.
+        hidden: Widths of the hidden layers.
+        batch_size: Samples in a training batch.
         epochs: Length of the run that selects.
+        every_n_epochs: Epochs from one round of selection to the next.
         steps: Length of a training from scratch.
     """
 
     parts: Mapping[str, Part]
     val: TensorDataset
     test: TensorDataset
-    hidden: Sequence[int]
     n_classes: int
     budget: float
+    hidden: Sequence[int] = (256, 128)
+    batch_size: int = 128
     epochs: int = 20
+    every_n_epochs: int = 1
     steps: int = 2000
 
     @property
@@ -59,6 +64,36 @@ class Problem:
         """A model with random parameters."""
         width = self.val.tensors[0].shape[1]
         return Classifier([width, *self.hidden, self.n_classes])
+
+
+def deal_out(
+    data: Data, seed: int, n_val: int, budget: float, tuning: bool = False, **settings: Any
+) -> Problem:
+    """Hold clean validation samples out of the training rows, and deal the rest out to sources.
+
+    Args:
+        data: The data set.
+        seed: Of the split and of what is spoilt.
+        n_val: Clean validation samples.
+        budget: Share of the pool that may be selected.
+        tuning: Judge on held-out training rows, and leave the test rows alone.
+        settings: Further fields of :class:`Problem`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(data.n_train, generator=generator)
+    test = torch.arange(data.n_train, len(data.labels))
+    if tuning:
+        n_test = min(5000, data.n_train // 5)
+        test, order = order[:n_test], order[n_test:]
+    val, train = order[:n_val], order[n_val:]
+    return Problem(
+        parts=make_sources(data.features[train], data.labels[train], data.n_classes, seed),
+        val=TensorDataset(data.features[val], data.labels[val]),
+        test=TensorDataset(data.features[test], data.labels[test]),
+        n_classes=data.n_classes,
+        budget=budget,
+        **settings,
+    )
 
 
 @dataclass(frozen=True)
@@ -136,7 +171,7 @@ def train_from_scratch(
     if isinstance(data, DVCDataModule):
         trainer.fit(model, data)
     else:
-        trainer.fit(model, DataLoader(data, batch_size=BATCH_SIZE, shuffle=True))
+        trainer.fit(model, DataLoader(data, batch_size=problem.batch_size, shuffle=True))
     (found,) = trainer.test(model, DataLoader(problem.test, batch_size=1024), verbose=False)
     return float(found["test_acc"])
 
@@ -150,9 +185,13 @@ def select(
         The datamodule and the callback after the run, its test accuracy and its seconds.
     """
     datamodule = DVCDataModule(
-        problem.sources, problem.val, budget=problem.budget, batch_size=BATCH_SIZE, seed=seed
+        problem.sources,
+        problem.val,
+        budget=problem.budget,
+        batch_size=problem.batch_size,
+        seed=seed,
     )
-    callback = DVCCallback(strategy, monitor="val_acc")
+    callback = DVCCallback(strategy, monitor="val_acc", every_n_epochs=problem.every_n_epochs)
     seed_everything(seed, verbose=False)
     model = problem.model()
     trainer = Trainers(folder).make(f"seed_{seed}", max_epochs=problem.epochs, callbacks=[callback])
@@ -178,7 +217,7 @@ def compare(problem: Problem, folder: Path, seed: int, strategy: Strategy | None
     selection = datamodule.selection
     selection.to_parquet(file)
     again = DVCDataModule.from_selection(
-        file, problem.sources, seed=seed + 1000, batch_size=BATCH_SIZE
+        file, problem.sources, seed=seed + 1000, batch_size=problem.batch_size
     )
     pool: Dataset[tuple[Tensor, ...]] = ConcatDataset(list(problem.sources.values()))
     is_clean = torch.cat([part.is_clean for part in problem.parts.values()])
@@ -211,7 +250,7 @@ def report(problem: Problem, results: Sequence[Result], folder: Path) -> str:
     """The results as text, averaged over seeds."""
 
     def mean(name: str) -> float:
-        return sum(getattr(result, name) for result in results) / len(results)
+        return float(np.mean([getattr(result, name) for result in results]))
 
     n_pool = sum(len(part.labels) for part in problem.parts.values())
     lines = [

@@ -7,44 +7,10 @@ to fetch the data from OpenML.
 import argparse
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import TensorDataset
-
-from examples.compare import Problem, compare, quiet, report
-from examples.sources import make_sources
+from examples.compare import compare, deal_out, quiet, report
+from examples.datasets import mnist
 
 FOLDER = Path("artefacts/mnist")
-N_TRAIN = 60_000
-
-
-def load(data_dir: Path | None) -> tuple[Tensor, Tensor]:
-    """All 70,000 images, ``(n, 784)`` in ``[0, 1]``, and labels; the test images come last."""
-    if data_dir is not None:
-        arrays = np.load(data_dir / "mnist.npz")
-        x = np.concatenate([arrays["x_train"], arrays["x_test"]]).reshape(-1, 784)
-        y = np.concatenate([arrays["y_train"], arrays["y_test"]])
-    else:
-        from sklearn.datasets import fetch_openml
-
-        x, y = fetch_openml("mnist_784", version=1, return_X_y=True, as_frame=False, parser="auto")
-    return torch.tensor(x).float() / 255, torch.tensor(y.astype(np.int64))
-
-
-def mnist(features: Tensor, labels: Tensor, seed: int, n_val: int, budget: float) -> Problem:
-    """Hold clean validation samples out of the training images, and deal the rest out."""
-    features = (features - features[:N_TRAIN].mean()) / features[:N_TRAIN].std()
-    order = torch.randperm(N_TRAIN, generator=torch.Generator().manual_seed(seed))
-    val, train = order[:n_val], order[n_val:]
-    return Problem(
-        parts=make_sources(features[train], labels[train], n_classes=10, seed=seed),
-        val=TensorDataset(features[val], labels[val]),
-        test=TensorDataset(features[N_TRAIN:], labels[N_TRAIN:]),
-        hidden=(256, 128),
-        n_classes=10,
-        budget=budget,
-    )
 
 
 def main() -> None:
@@ -56,10 +22,9 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=0.1)
     arguments = parser.parse_args()
     quiet()
-    features, labels = load(arguments.data_dir)
-    results = []
+    data, results = mnist(arguments.data_dir), []
     for seed in range(arguments.seeds):
-        problem = mnist(features, labels, seed, arguments.n_val, arguments.budget)
+        problem = deal_out(data, seed, arguments.n_val, arguments.budget)
         results.append(compare(problem, FOLDER, seed))
         print(f"seed {seed}: closed {results[-1].closed:.0%}", flush=True)
     print(report(problem, results, FOLDER))
