@@ -9,7 +9,7 @@ import logging
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from examples.classifier import Classifier
 from examples.datasets import Data
 from examples.sources import Part, make_sources
 from lightning_dvc import DVCCallback, DVCDataModule
+from lightning_dvc.policy.budget import resolve_budget
 from lightning_dvc.strategies.base import Strategy
 
 
@@ -40,7 +41,6 @@ class Problem:
         hidden: Widths of the hidden layers.
         batch_size: Samples in a training batch.
         epochs: Length of the run that selects.
-        every_n_epochs: Epochs from one round of selection to the next.
         steps: Length of a training from scratch.
     """
 
@@ -51,14 +51,18 @@ class Problem:
     budget: float
     hidden: Sequence[int] = (256, 128)
     batch_size: int = 128
-    epochs: int = 20
-    every_n_epochs: int = 1
+    epochs: int = 30
     steps: int = 2000
 
     @property
     def sources(self) -> dict[str, Dataset[tuple[Tensor, ...]]]:
         """Name to dataset."""
         return {name: part.dataset() for name, part in self.parts.items()}
+
+    @property
+    def is_clean(self) -> Tensor:
+        """``(N,)`` which samples of all sources together are truly clean."""
+        return torch.cat([part.is_clean for part in self.parts.values()])
 
     def model(self) -> Classifier:
         """A model with random parameters."""
@@ -132,25 +136,17 @@ class Result:
         return (self.dvc - self.random) / (self.clean - self.random)
 
 
-@dataclass
-class Trainers:
-    """Quiet trainers that write their metrics under a folder."""
-
-    folder: Path
-    made: int = field(default=0, init=False)
-
-    def make(self, name: str = "", **settings: object) -> Trainer:
-        """A trainer; one without a name logs nothing."""
-        logger = CSVLogger(self.folder, name="metrics", version=name) if name else False
-        return Trainer(
-            accelerator="cpu",
-            logger=logger,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            log_every_n_steps=1,
-            **settings,  # type: ignore[arg-type]
-        )
+def quiet_trainer(logger: CSVLogger | None = None, **settings: Any) -> Trainer:
+    """A trainer that prints nothing."""
+    return Trainer(
+        accelerator="cpu",
+        logger=logger or False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+        **settings,
+    )
 
 
 def train_from_scratch(
@@ -167,7 +163,7 @@ def train_from_scratch(
         Test accuracy at the last step.
     """
     seed_everything(seed, verbose=False)
-    model, trainer = problem.model(), Trainers(Path()).make(max_steps=problem.steps)
+    model, trainer = problem.model(), quiet_trainer(max_steps=problem.steps)
     if isinstance(data, DVCDataModule):
         trainer.fit(model, data)
     else:
@@ -177,9 +173,9 @@ def train_from_scratch(
 
 
 def select(
-    problem: Problem, folder: Path, seed: int, strategy: Strategy | None = None
+    problem: Problem, folder: Path | None, seed: int, strategy: Strategy | None = None
 ) -> tuple[DVCDataModule, DVCCallback, float, float]:
-    """One run that selects while it trains.
+    """One run that selects while it trains; its metrics are logged if there is a folder.
 
     Returns:
         The datamodule and the callback after the run, its test accuracy and its seconds.
@@ -191,15 +187,29 @@ def select(
         batch_size=problem.batch_size,
         seed=seed,
     )
-    callback = DVCCallback(strategy, monitor="val_acc", every_n_epochs=problem.every_n_epochs)
+    callback = DVCCallback(strategy, monitor="val_acc")
     seed_everything(seed, verbose=False)
     model = problem.model()
-    trainer = Trainers(folder).make(f"seed_{seed}", max_epochs=problem.epochs, callbacks=[callback])
+    logger = None if folder is None else CSVLogger(folder, name="metrics", version=f"seed_{seed}")
+    trainer = quiet_trainer(logger, max_epochs=problem.epochs, callbacks=[callback])
     start = time.perf_counter()
     trainer.fit(model, datamodule)
     seconds = time.perf_counter() - start
     (found,) = trainer.test(model, DataLoader(problem.test, batch_size=1024), verbose=False)
     return datamodule, callback, float(found["test_acc"]), seconds
+
+
+def clean_and_random(
+    problem: Problem, seed: int
+) -> tuple[Dataset[tuple[Tensor, ...]], list[int], list[int]]:
+    """All sources as one dataset, and a budget's worth of indices: truly clean ones, and any."""
+    generator = torch.Generator().manual_seed(seed)
+    n_samples = len(problem.is_clean)
+    budget = resolve_budget(problem.budget, n_samples)
+    anything = torch.randperm(n_samples, generator=generator)[:budget]
+    clean = torch.nonzero(problem.is_clean).flatten()
+    clean = clean[torch.randperm(len(clean), generator=generator)][:budget]
+    return ConcatDataset(list(problem.sources.values())), clean.tolist(), anything.tolist()
 
 
 def compare(problem: Problem, folder: Path, seed: int, strategy: Strategy | None = None) -> Result:
@@ -219,27 +229,21 @@ def compare(problem: Problem, folder: Path, seed: int, strategy: Strategy | None
     again = DVCDataModule.from_selection(
         file, problem.sources, seed=seed + 1000, batch_size=problem.batch_size
     )
-    pool: Dataset[tuple[Tensor, ...]] = ConcatDataset(list(problem.sources.values()))
-    is_clean = torch.cat([part.is_clean for part in problem.parts.values()])
-    generator = torch.Generator().manual_seed(seed)
-    anything = torch.randperm(len(is_clean), generator=generator)
-    clean = torch.nonzero(is_clean).flatten()
-    clean = clean[torch.randperm(len(clean), generator=generator)]
+    pool, clean, anything = clean_and_random(problem, seed)
     later = [
         source
         for source, number in zip(selection.source, selection.round.tolist(), strict=True)
         if number > 0
     ]
-    budget = datamodule.budget
     return Result(
-        random=train_from_scratch(problem, Subset(pool, anything[:budget].tolist()), seed),
+        random=train_from_scratch(problem, Subset(pool, anything), seed),
         dvc=train_from_scratch(problem, again, seed),
-        clean=train_from_scratch(problem, Subset(pool, clean[:budget].tolist()), seed),
+        clean=train_from_scratch(problem, Subset(pool, clean), seed),
         validation=train_from_scratch(problem, problem.val, seed),
         run=run_accuracy,
         shares=selection.shares(problem.parts),
         later_shares={name: later.count(name) / max(len(later), 1) for name in problem.parts},
-        selected_clean=float(is_clean[datamodule.selected_ids].float().mean()),
+        selected_clean=float(problem.is_clean[datamodule.selected_ids].float().mean()),
         seconds=dict(callback.watch.seconds),
         run_seconds=seconds,
         n_selected=len(selection),
@@ -283,4 +287,6 @@ def report(problem: Problem, results: Sequence[Result], folder: Path) -> str:
 def quiet() -> None:
     """Keep Lightning's start-up notices out of a short report."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    for notice in ("does not have many workers", "exists and is not empty", "LeafSpec"):
+        warnings.filterwarnings("ignore", f".*{notice}.*")
+    warnings.filterwarnings("ignore", ".*have no `val_dataloader`.*")

@@ -23,6 +23,8 @@ from lightning_dvc.strategies.dvc import DVC
 from lightning_dvc.timing import Stopwatch
 
 _TRIAL_SIZE: Final = 32
+# The rest of the run trains on what is then a full selection.
+_SELECTING_SHARE: Final = 2 / 3
 
 
 class DVCCallback(Callback):
@@ -36,7 +38,8 @@ class DVCCallback(Callback):
         monitor: Name of the validation metric that the strategy learns from, as logged by the
             module. Needed by strategies that learn from it only.
         mode: Whether a greater (``"max"``) or a smaller (``"min"``) value is better.
-        every_n_epochs: Epochs from one round to the next, at least 1.
+        every_n_epochs: Epochs from one round to the next, at least 1. When not given, the rounds
+            are spread over the first two thirds of the run.
         objective: A function ``(module, batch)`` that returns per-sample ``(losses, outputs)`` or
             ``(losses, outputs, targets)``; needed only for a ``training_step`` whose loss is not
             made of torch's loss functions, or that optimises manually. A method
@@ -61,7 +64,7 @@ class DVCCallback(Callback):
         *,
         monitor: str | None = None,
         mode: Literal["max", "min"] = "max",
-        every_n_epochs: int = 1,
+        every_n_epochs: int | None = None,
         objective: UserObjective | None = None,
         layers: Sequence[str] | None = None,
         score_batch_size: int = 512,
@@ -69,7 +72,12 @@ class DVCCallback(Callback):
     ) -> None:
         for name, value, fits, range_ in (
             ("mode", mode, mode in ("max", "min"), "'max' or 'min'"),
-            ("every_n_epochs", every_n_epochs, every_n_epochs >= 1, "at least 1"),
+            (
+                "every_n_epochs",
+                every_n_epochs,
+                every_n_epochs is None or every_n_epochs >= 1,
+                "at least 1",
+            ),
             ("score_batch_size", score_batch_size, score_batch_size >= 1, "at least 1"),
             (
                 "on_bad_sample",
@@ -97,6 +105,7 @@ class DVCCallback(Callback):
         self.rounds_done = 0
         self._last_epoch = -1
         self._n_rounds = 0
+        self._period = 1
         self._probe: Probe | None = None
         self._started = 0.0
         self._warned = False
@@ -134,7 +143,7 @@ class DVCCallback(Callback):
             on_bad_sample=self.on_bad_sample,
         )
         if not self._n_rounds:
-            self._n_rounds = self._rounds_of(trainer, datamodule)
+            self._plan(trainer, datamodule)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -203,6 +212,7 @@ class DVCCallback(Callback):
             "strategy": self.strategy.state_dict(),
             "rounds_done": self.rounds_done,
             "n_rounds": self._n_rounds,
+            "period": self._period,
             "last_epoch": self._last_epoch,
             "seconds": dict(self.watch.seconds),
         }
@@ -213,6 +223,7 @@ class DVCCallback(Callback):
         self.strategy.load_state_dict(state_dict["strategy"])
         self.rounds_done = state_dict["rounds_done"]
         self._n_rounds = state_dict["n_rounds"]
+        self._period = state_dict["period"]
         self._last_epoch = state_dict["last_epoch"]
         self.watch.seconds = dict(state_dict["seconds"])
 
@@ -231,17 +242,20 @@ class DVCCallback(Callback):
             )
         return datamodule
 
-    def _rounds_of(self, trainer: Trainer, datamodule: DVCDataModule) -> int:
-        """Rounds that the budget is spread over: not more than the run has epochs for."""
-        epochs = trainer.max_epochs
+    def _plan(self, trainer: Trainer, datamodule: DVCDataModule) -> None:
+        """Spread the rounds over the epochs; a run of few epochs has fewer rounds."""
+        epochs, rounds = trainer.max_epochs, datamodule.rounds
         if epochs is None or epochs < 0 or trainer_bridge.is_trial_run(trainer):
-            return datamodule.rounds
-        return min(datamodule.rounds, math.ceil(epochs / self.every_n_epochs))
+            self._n_rounds, self._period = rounds, self.every_n_epochs or 1
+        else:
+            spread = max(1, int(_SELECTING_SHARE * epochs) // rounds)
+            self._period = self.every_n_epochs or spread
+            self._n_rounds = min(rounds, math.ceil(epochs / self._period))
 
     def _is_due(self, datamodule: DVCDataModule, epoch: int) -> bool:
         return (
             epoch != self._last_epoch
-            and epoch % self.every_n_epochs == 0
+            and epoch % self._period == 0
             and self.rounds_done < self._n_rounds
             and len(datamodule.selected_ids) < datamodule.budget
         )

@@ -77,7 +77,7 @@ class DVCDataModule(LightningDataModule):
         pin_memory: bool = False,
         seed: int = 0,
         warmup: float = 0.03,
-        rounds: int = 20,
+        rounds: int = 10,
         oversample: float = 4.0,
     ) -> None:
         self._start(budget, seed, warmup, rounds, oversample)
@@ -191,7 +191,7 @@ class DVCDataModule(LightningDataModule):
         reference: Dataset[Any] | None = None,
         seed: int = 0,
         warmup: float = 0.03,
-        rounds: int = 20,
+        rounds: int = 10,
         oversample: float = 4.0,
     ) -> "DVCDataModule":
         """Select from the training data of an existing datamodule.

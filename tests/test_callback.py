@@ -66,6 +66,13 @@ def test_rounds_are_spread_over_the_epochs_asked_for():
     assert selected[0] == selected[1] < selected[2] == selected[3] < selected[4] == 120
 
 
+def test_rounds_are_spread_over_two_thirds_of_the_run():
+    sizes = Sizes()
+    fit(callbacks=[sizes], max_epochs=9)
+    assert sizes.selected[3] < sizes.selected[4] == 120
+    assert sizes.selected[0] == sizes.selected[1] < sizes.selected[2] == sizes.selected[3]
+
+
 def test_fewer_epochs_than_rounds_still_spend_the_budget():
     datamodule, _, callback = fit(make(rounds=20), max_epochs=2)
     assert callback.rounds_done == 2

@@ -23,7 +23,7 @@ def rank_normalise(values: Tensor) -> Tensor:
         [0.25, 1.0, 0.25]
     """
     n_samples = len(values)
-    columns = values.reshape(n_samples, -1).T
+    columns = (values[:, None] if values.ndim == 1 else values.flatten(1)).T
     ranks = torch.stack([_mean_ranks(column) for column in columns], dim=1)
     scaled = ranks / (n_samples - 1) if n_samples > 1 else ranks + 0.5
     return scaled.reshape(values.shape)

@@ -347,6 +347,7 @@ def test_each_recording_starts_anew():
         expected = expected_gradients(net, order, batch)
         for found, full in zip(recorder.gradients(losses), expected, strict=True):
             assert_gradients(found, full)
+        assert torch.equal(recorder.fingerprints(5), batch)
 
 
 def test_recording_without_gradients():

@@ -97,6 +97,17 @@ def test_sample_of_another_shape_does_not_take_its_batch_along(odd):
     assert_rows_match_ids(batches)
 
 
+@settings(deadline=None, max_examples=40)
+@given(widths=st.lists(st.integers(1, 3), min_size=1, max_size=8))
+def test_most_samples_that_make_a_batch_together_are_kept(widths):
+    batch = load(range(len(widths)), Rows(dict(enumerate(map(torch.zeros, widths)))), batch_size=8)
+    kept = batch[0].ids.tolist()
+    assert len(kept) == max(map(widths.count, widths))
+    assert {widths[i] for i in kept} == {batch[0].batch.shape[1]}
+    assert sorted([*kept, *reasons(batch)]) == list(range(len(widths)))
+    assert kept == sorted(kept)
+
+
 def test_collate_that_always_fails_names_every_sample():
     def collate(samples):
         raise RuntimeError("no batches today")

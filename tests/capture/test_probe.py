@@ -318,6 +318,14 @@ def test_whatever_is_not_finite_sets_a_sample_aside(where):
         assert layer.squared_norms().isfinite().all()
 
 
+@pytest.mark.parametrize("where", ["feature", "loss"])
+def test_what_is_not_finite_is_seen_without_gradients(where):
+    probe = make_probe(NotFinite(where))
+    captured = look(probe, dataset=Samples({5: 7.0}), gradients=False)
+    assert captured.ids.tolist() == [i for i in range(SIZE) if i != 5]
+    assert list(reasons(probe)) == [5]
+
+
 def test_loss_that_was_not_finite_in_an_earlier_state():
     net, snapshots = Net(), Snapshots(window=1)
     with torch.no_grad():
