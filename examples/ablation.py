@@ -24,7 +24,7 @@ from lightning_dvc.strategies.dvc import DEFAULT_WEIGHTS
 
 FILE = Path("artefacts/ablation.csv")
 CELLS: dict[str, dict[str, Any]] = {
-    "digits": {"n_val": 150, "budget": 0.25, "batch_size": 16},
+    "digits": {"n_val": 150, "budget": 0.2, "batch_size": 16},
     "mnist": {"n_val": 500, "budget": 0.1},
     "fashion_mnist": {"n_val": 500, "budget": 0.1},
     "adult": {"n_val": 500, "budget": 0.1},

@@ -16,7 +16,7 @@ def main() -> None:
     quiet()
     data, results = digits(), []
     for seed in range(3):
-        problem = deal_out(data, seed, n_val=150, budget=0.25, batch_size=16, steps=1000)
+        problem = deal_out(data, seed, n_val=150, budget=0.2, batch_size=16, steps=1000)
         results.append(compare(problem, FOLDER, seed))
     print(report(problem, results, FOLDER))
 
