@@ -9,13 +9,13 @@ from typing import Any, Self
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, default_collate
 from typing_extensions import override
 
 from lightning_dvc.errors import ConfigurationError
 from lightning_dvc.loaders import LoaderSettings
 from lightning_dvc.policy.budget import resolve_budget, warm_up_counts
-from lightning_dvc.pools import SELECTED, SET_ASIDE, TAKEN_BACK, Pools, Source
+from lightning_dvc.pools import SELECTED, SET_ASIDE, TAKEN_BACK, AnyDataset, Pools, Source
 from lightning_dvc.randomness import torch_stream
 from lightning_dvc.records import BadSample, Choice
 from lightning_dvc.sampler import SelectionSampler
@@ -23,7 +23,7 @@ from lightning_dvc.selection import Selection, SelectionRecord
 from lightning_dvc.splitting import Groups
 from lightning_dvc.trainer_bridge import training_epoch
 
-Sources = Mapping[str, Source | Dataset[Any]]
+Sources = Mapping[str, Source | AnyDataset]
 
 
 class DVCDataModule(LightningDataModule):
@@ -66,9 +66,9 @@ class DVCDataModule(LightningDataModule):
     def __init__(
         self,
         sources: Sources,
-        val: Dataset[Any] | None = None,
-        test: Dataset[Any] | None = None,
-        predict: Dataset[Any] | None = None,
+        val: AnyDataset | None = None,
+        test: AnyDataset | None = None,
+        predict: AnyDataset | None = None,
         *,
         budget: float,
         batch_size: int = 32,
@@ -89,7 +89,7 @@ class DVCDataModule(LightningDataModule):
             persistent_workers=num_workers > 0,
         )
         self._open(sources)
-        self.reference: Dataset[Any] | None = None if val is None else checked_reference(val)
+        self.reference: AnyDataset | None = None if val is None else checked_reference(val)
         for name, dataset in (("val", val), ("test", test), ("predict", predict)):
             if dataset is not None:
                 # Set on the object, because Lightning takes a method of the class as a sign that
@@ -142,8 +142,8 @@ class DVCDataModule(LightningDataModule):
         cls,
         selection: Selection | str | Path,
         sources: Sources,
-        val: Dataset[Any] | None = None,
-        test: Dataset[Any] | None = None,
+        val: AnyDataset | None = None,
+        test: AnyDataset | None = None,
         **settings: Any,
     ) -> Self:
         """Train again on what was selected, without selecting: a larger model, or from scratch.
@@ -188,7 +188,7 @@ class DVCDataModule(LightningDataModule):
         sources: Sources | Groups | None = None,
         *,
         budget: float,
-        reference: Dataset[Any] | None = None,
+        reference: AnyDataset | None = None,
         seed: int = 0,
         warmup: float = 0.03,
         rounds: int = 10,
@@ -360,7 +360,7 @@ class DVCDataModule(LightningDataModule):
             self._saved = None
 
 
-def checked_reference(reference: Dataset[Any]) -> Dataset[Any]:
+def checked_reference(reference: AnyDataset) -> AnyDataset:
     """Refuse held-out samples that cannot be drawn from.
 
     Raises:

@@ -8,7 +8,7 @@ draw looks through its bytes.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import numpy as np
 import torch
@@ -17,6 +17,12 @@ from torch.utils.data import Dataset, IterableDataset
 
 from lightning_dvc.errors import ConfigurationError, StateError
 from lightning_dvc.randomness import stream
+
+if TYPE_CHECKING:
+    AnyDataset: TypeAlias = Dataset[Any]
+else:
+    # With a parameter, LightningCLI does not see the arguments of the datasets in its files.
+    AnyDataset = Dataset
 
 FREE: Final = 0
 SELECTED: Final = 1
@@ -46,7 +52,7 @@ class Source:
         0.5
     """
 
-    dataset: Dataset[Any]
+    dataset: AnyDataset
     min_share: float = 0.0
     max_share: float = 1.0
 
@@ -114,7 +120,7 @@ class Pools:
         [3, 4, 5, 6, 7]
     """
 
-    def __init__(self, sources: Mapping[str, Source | Dataset[Any]], seed: int = 0) -> None:
+    def __init__(self, sources: Mapping[str, Source | AnyDataset], seed: int = 0) -> None:
         if not sources:
             raise ConfigurationError(
                 "sources is empty; give at least one: sources={'name': dataset, ...}"

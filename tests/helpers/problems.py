@@ -101,3 +101,16 @@ def trainer(**settings):
             **settings,
         }
     )
+
+
+class Planted(Dataset):
+    """Good samples, made from plain settings as in a configuration file."""
+
+    def __init__(self, n: int = 100, seed: int = 0):
+        self.x, self.y = labelled(n, seed)
+
+    def __len__(self):
+        return len(self.y)
+
+    def __getitem__(self, index):
+        return self.x[index], self.y[index]
