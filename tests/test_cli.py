@@ -39,7 +39,8 @@ data:
 """
 
 
-def test_a_run_is_told_in_a_file(tmp_path):
+def test_a_run_is_told_in_a_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train"])
     file = tmp_path / "config.yaml"
     file.write_text(CONFIG)
     cli = LightningCLI(
