@@ -3,6 +3,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning_dvc import DVC, FixedWeights
 
 CONFIG = """
+seed_everything: 0
 trainer:
   accelerator: cpu
   max_epochs: 3
