@@ -70,7 +70,7 @@ class DVCDataModule(LightningDataModule):
         test: AnyDataset | None = None,
         predict: AnyDataset | None = None,
         *,
-        budget: float,
+        budget: int | float,
         batch_size: int = 32,
         num_workers: int = 0,
         collate_fn: Callable[[list[Any]], Any] = default_collate,
@@ -97,7 +97,7 @@ class DVCDataModule(LightningDataModule):
                 setattr(self, f"{name}_dataloader", partial(self.loading.loader, dataset))
 
     def _start(
-        self, budget: float, seed: int, warmup: float, rounds: int, oversample: float
+        self, budget: int | float, seed: int, warmup: float, rounds: int, oversample: float
     ) -> None:
         super().__init__()
         for name, value, fits, range_ in (
@@ -187,7 +187,7 @@ class DVCDataModule(LightningDataModule):
         datamodule: LightningDataModule,
         sources: Sources | Groups | None = None,
         *,
-        budget: float,
+        budget: int | float,
         reference: AnyDataset | None = None,
         seed: int = 0,
         warmup: float = 0.03,

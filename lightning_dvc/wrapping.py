@@ -33,7 +33,7 @@ class WrappingDataModule(DVCDataModule):
         datamodule: LightningDataModule,
         sources: Sources | Groups | None,
         *,
-        budget: float,
+        budget: int | float,
         reference: Dataset[Any] | None,
         seed: int,
         warmup: float,

@@ -1,3 +1,4 @@
+import pytest
 from lightning.pytorch.cli import LightningCLI
 
 from lightning_dvc import DVC, FixedWeights
@@ -40,6 +41,8 @@ data:
 """
 
 
+# Lightning's command line uses what a newer jsonargparse deprecates.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_run_is_told_in_a_file(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["train"])
     file = tmp_path / "config.yaml"

@@ -12,7 +12,7 @@ from lightning_dvc.policy.apportion import apportion
 _ROUNDING = 1e-9
 
 
-def resolve_budget(budget: float, n_samples: int) -> int:
+def resolve_budget(budget: int | float, n_samples: int) -> int:
     """Turn the user's budget into a number of samples.
 
     Args:
