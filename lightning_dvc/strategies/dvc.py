@@ -211,9 +211,8 @@ class DVC:
         """Candidates ``(n,)``, ascending, divided over the sources as the bandit says."""
         wanted = math.ceil(this.oversample * quota)
         floor, ceiling = this.arm_bounds(removed, quota)
-        # A source that may add nothing needs no candidates, one that must add some needs a choice.
-        ceiling = torch.where(ceiling > 0, wanted, 0)
-        floor = (this.oversample * floor).ceil().to(torch.int64)
+        # Candidates beyond what a source may add would be missing elsewhere.
+        floor, ceiling = ((this.oversample * n).ceil().to(torch.int64) for n in (floor, ceiling))
         counts = bandit.allocate(wanted, this.pools.stock, floor, ceiling)
         drawn = [
             this.pools.draw(arm, count, "candidates", this.number)
