@@ -121,10 +121,8 @@ def table() -> str:
             gains[variant] += accuracy - low
             gaps[variant] += high - low
     datasets = [name for name in CELLS if any(name == found for _, found in shares)]
-    lines = [
-        "| variant | " + " | ".join(datasets) + " | mean |",
-        "|---" * (len(datasets) + 2) + "|",
-    ]
+    heads = ["variant", *datasets, "mean", "gains / gaps"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for variant in VARIANTS:
         means = [float(np.mean(shares[variant, name])) for name in datasets]
         pooled = gains[variant] / gaps[variant]
