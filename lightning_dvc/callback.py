@@ -106,6 +106,7 @@ class DVCCallback(Callback):
         self._last_epoch = -1
         self._n_rounds = 0
         self._period = 1
+        self._owner: DVCDataModule | None = None
         self._probe: Probe | None = None
         self._started = 0.0
         self._warned = False
@@ -120,7 +121,16 @@ class DVCCallback(Callback):
                 "overfit_batches replaces the sampler that selection needs; leave it at 0, or "
                 "leave DVCCallback out"
             )
-        self._datamodule(trainer).attach()
+        datamodule = self._datamodule(trainer)
+        if self._owner not in (None, datamodule):
+            raise ConfigurationError(
+                "this DVCCallback has selected for another DVCDataModule and remembers its samples; "
+                "make a new callback, with a new strategy, for each datamodule"
+            )
+        datamodule.attach()
+        self._owner = datamodule
+        # A second fit counts its epochs anew; a resumed one overwrites this with what was saved.
+        self._last_epoch = -1
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

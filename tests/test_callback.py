@@ -274,6 +274,26 @@ def test_another_datamodule_is_refused():
         trainer(callbacks=[DVCCallback()]).fit(Net(), make().train_dataloader())
 
 
+def test_a_callback_serves_one_datamodule():
+    datamodule, _, callback = fit()
+    fit(datamodule, callback=callback)
+    with pytest.raises(ConfigurationError, match="another DVCDataModule"):
+        fit(make(), callback=callback)
+
+
+def test_a_second_fit_goes_on_selecting():
+    datamodule, _, callback = fit(
+        make(rounds=6),
+        callback=DVCCallback(every_n_epochs=1),
+        max_epochs=6,
+        callbacks=[StopAfter(2)],
+    )
+    assert callback.rounds_done == 2
+    fit(datamodule, callback=callback, max_epochs=6)
+    assert callback.rounds_done == 6
+    assert len(datamodule.selected_ids) == 120
+
+
 def test_a_strategy_that_learns_needs_a_score():
     with pytest.raises(ConfigurationError, match="monitor is None"):
         DVCCallback(DVC(BayesianWeights()))
