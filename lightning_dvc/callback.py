@@ -124,8 +124,8 @@ class DVCCallback(Callback):
         datamodule = self._datamodule(trainer)
         if self._owner not in (None, datamodule):
             raise ConfigurationError(
-                "this DVCCallback has selected for another DVCDataModule and remembers its samples; "
-                "make a new callback, with a new strategy, for each datamodule"
+                "this DVCCallback has selected for another DVCDataModule, whose samples it "
+                "remembers; make a new callback, with a new strategy, for each datamodule"
             )
         datamodule.attach()
         self._owner = datamodule
