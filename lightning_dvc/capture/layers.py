@@ -229,7 +229,9 @@ class LayerCapture:
         return [_pool(x, layer, n) for x, layer in zip(following, owners, strict=True)]
 
     def fingerprints(self, n: int) -> Tensor:
-        """What the first captured layer receives, flattened and bounded in size, ``(n, d)``.
+        """What the first captured layer receives, pooled to a bounded size, ``(n, d)``.
+
+        Images are averaged to at most 8 x 8 positions, sequences to 8.
 
         For a model that starts with a captured layer these are the features themselves, so they do
         not change while the model trains.
@@ -239,7 +241,12 @@ class LayerCapture:
         if isinstance(self._layers[name], nn.Conv2d):
             height, width = (min(_FINGERPRINT_SIDE, size) for size in x.shape[-2:])
             x = F.adaptive_avg_pool2d(x, (height, width)).flatten(1)
-        return x.reshape(n, -1, x.shape[-1]).mean(1)
+            return x.reshape(n, -1, x.shape[-1]).mean(1)
+        x = x.reshape(n, -1, x.shape[-1])
+        if x.shape[1] == 1:
+            return x.squeeze(1)
+        # Always as many, so that batches of sequences of other lengths can be compared.
+        return F.adaptive_avg_pool1d(x.transpose(1, 2), _FINGERPRINT_SIDE).flatten(1)
 
 
 def _pool(x: Tensor, layer: nn.Module, n: int) -> Tensor:

@@ -427,9 +427,13 @@ def test_fingerprints_are_the_features():
     assert torch.equal(capture(net, x)[0].fingerprints(5), x)
 
 
-def test_fingerprints_of_tokens_are_averaged():
+def test_fingerprints_of_sequences_have_one_size_whatever_the_length():
     net, x, _ = build("attention")
-    torch.testing.assert_close(capture(net, x)[0].fingerprints(5), x.mean(1))
+    found = capture(net, x)[0].fingerprints(5)
+    slow = F.adaptive_avg_pool1d(x.transpose(1, 2), 8).flatten(1)
+    torch.testing.assert_close(found, slow)
+    longer = torch.cat([x, x, x], dim=1)
+    assert capture(net, longer)[0].fingerprints(5).shape == found.shape
 
 
 @pytest.mark.parametrize(("image", "width"), [((16, 24), 64), ((4, 16), 32), ((5, 6), 30)])

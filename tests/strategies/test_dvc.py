@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from helpers.problems import CLASSES, Net, good, repeated, wrong
-from torch.utils.data import default_collate
+from torch.utils.data import TensorDataset, default_collate
 
 from lightning_dvc import DVC, BayesianWeights, FixedWeights, Random, Source
 from lightning_dvc.capture.guard import undisturbed
@@ -105,6 +105,19 @@ def test_repetitions_are_chosen_once():
     rows = torch.stack([run.pools.dataset[i][0] for i in mine.tolist()])
     # The warm-up draws blindly, so that its two may repeat each other.
     assert len(mine) <= len(rows.unique(dim=0)) + 1 <= 5
+
+
+def in_a_plane(dataset):
+    x, y = dataset.tensors
+    return TensorDataset(x * (torch.arange(x.shape[1]) < 2), y)
+
+
+def test_where_all_are_alike_none_counts_as_a_repetition():
+    run = Run(DVC(take_back=0.0), {"one": in_a_plane(good()), "two": in_a_plane(good(seed=9))})
+    run.reference = in_a_plane(good(60, seed=50))
+    choices = run.all()
+    assert [int(c.figures["passed_over/duplicate"]) for c in choices] == [0] * ROUNDS
+    assert min(len(choice.add) for choice in choices) >= 8
 
 
 def test_wrong_labels_are_kept_out_and_taken_back():
