@@ -38,8 +38,9 @@ class DVCCallback(Callback):
         monitor: Name of the validation metric that the strategy learns from, as logged by the
             module. Needed by strategies that learn from it only.
         mode: Whether a greater (``"max"``) or a smaller (``"min"``) value is better.
-        every_n_epochs: Epochs from one round to the next, at least 1. When not given, the rounds
-            are spread over the first two thirds of the run.
+        every_n_epochs: Epochs from one round to the next, at least 1. When not given, as many that
+            the rounds end within two thirds of ``max_epochs``; 1 in a run of fewer epochs, or
+            one without ``max_epochs``.
         objective: A function ``(module, batch)`` that returns per-sample ``(losses, outputs)`` or
             ``(losses, outputs, targets)``; needed only for a ``training_step`` whose loss is not
             made of torch's loss functions, or that optimises manually. A method
@@ -107,6 +108,7 @@ class DVCCallback(Callback):
         self._n_rounds = 0
         self._period = 1
         self._owner: DVCDataModule | None = None
+        self._stage: str | None = None
         self._probe: Probe | None = None
         self._started = 0.0
         self._warned = False
@@ -114,6 +116,7 @@ class DVCCallback(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse, before anything else happens, what selection cannot work with."""
+        self._stage = stage
         if stage != "fit":
             return
         if trainer_bridge.is_overfitting(trainer):
@@ -161,8 +164,11 @@ class DVCCallback(Callback):
         self._started = time.perf_counter()
         datamodule = self._datamodule(trainer)
         probe = self._ready_probe
+        # Of all sources, whose samples are neighbours in the warm-up.
+        ids = datamodule.selected_ids
+        ids = ids[:: -(-len(ids) // _TRIAL_SIZE)]
         with undisturbed(pl_module):
-            probe.capture_all(datamodule.pools.dataset, datamodule.selected_ids[:_TRIAL_SIZE])
+            probe.capture_all(datamodule.pools.dataset, ids)
         probe.bad.clear()  # the first round meets them again
 
     @override
@@ -201,7 +207,9 @@ class DVCCallback(Callback):
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hand the monitored score to the strategy."""
-        if self.monitor is None or (trainer.sanity_checking and not trainer.callback_metrics):
+        if self.monitor is None or not trainer_bridge.is_fitting(trainer):
+            return
+        if trainer.sanity_checking and not trainer.callback_metrics:
             return
         if self.monitor not in trainer.callback_metrics:
             raise ConfigurationError(
@@ -214,6 +222,18 @@ class DVCCallback(Callback):
                 trainer.callback_metrics[self.monitor], reduce_op="mean"
             )
             self.strategy.observe(float(value) if self.mode == "max" else -float(value))
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so if the run was too short to spend the budget."""
+        datamodule = self._datamodule(trainer)
+        n_selected = len(datamodule.selected_ids)
+        if n_selected < datamodule.budget and not trainer_bridge.is_trial_run(trainer):
+            rank_zero_warn(
+                f"The run ended with {n_selected} of a budget of {datamodule.budget} samples "
+                f"selected, after {self.rounds_done} of {self._n_rounds} rounds. Give it more "
+                "epochs, or set rounds= of the datamodule or every_n_epochs= of the callback lower."
+            )
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -229,7 +249,9 @@ class DVCCallback(Callback):
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on after the last round of a saved run."""
+        """Go on after the last round of a saved run; to validate or test changes nothing."""
+        if self._stage not in (None, "fit"):
+            return
         self.strategy.load_state_dict(state_dict["strategy"])
         self.rounds_done = state_dict["rounds_done"]
         self._n_rounds = state_dict["n_rounds"]

@@ -121,6 +121,7 @@ class DVCDataModule(LightningDataModule):
         self._generator = torch.Generator()
         self._selects = False
         self._adopted = False
+        self._stage: str | None = None
         self._saved: Mapping[str, Any] | None = None
 
     def _open(self, sources: Sources) -> None:
@@ -270,6 +271,7 @@ class DVCDataModule(LightningDataModule):
     @override
     def setup(self, stage: str) -> None:
         """Draw the warm-up, if this is the first time that training is set up."""
+        self._stage = stage
         if stage != "fit":
             return
         if self._saved is not None:
@@ -280,7 +282,16 @@ class DVCDataModule(LightningDataModule):
     def _warm_up(self) -> Tensor:
         pools = self.pools
         shares = [(source.min_share, source.max_share) for source in pools.sources.values()]
-        counts = warm_up_counts(self.budget, self.warmup, pools.stock, shares)
+        least = 1
+        if self.loading.drop_last:  # less than a batch would be no training at all
+            least = self.loading.batch_size * (self.trainer.world_size if self.trainer else 1)
+            if least > self.budget:
+                raise ConfigurationError(
+                    f"drop_last leaves nothing of a budget of {self.budget} samples, which is less "
+                    f"than a batch on every process, {least}; raise the budget or lower batch_size"
+                )
+        share = max(self.warmup, least / self.budget)
+        counts = warm_up_counts(self.budget, share, pools.stock, shares)
         drawn = [pools.draw(arm, n, "warm-up") for arm, n in enumerate(counts.tolist())]
         return torch.cat(drawn)
 
@@ -347,11 +358,14 @@ class DVCDataModule(LightningDataModule):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on with a saved selection.
 
-        Without pools, as when a wrapped datamodule only validates, it waits for ``setup("fit")``.
+        Without pools, as when a wrapped datamodule is not set up yet, it waits for
+        ``setup("fit")``. A run that only validates or tests leaves the selection as it is.
 
         Raises:
             StateError: If it was made from other sources.
         """
+        if self._stage not in (None, "fit"):
+            return
         self._saved = state_dict
         if self._pools is not None and state_dict:
             self._pools.load_state_dict(state_dict["pools"])

@@ -34,6 +34,11 @@ def is_overfitting(trainer: Any) -> bool:
     return bool(trainer.overfit_batches)
 
 
+def is_fitting(trainer: Any) -> bool:
+    """Whether this is ``Trainer.fit``, and not a validation or test by itself."""
+    return bool(trainer.state.fn == "fit")
+
+
 def is_trial_run(trainer: Any) -> bool:
     """Whether ``fast_dev_run`` is set."""
     return bool(trainer.fast_dev_run)

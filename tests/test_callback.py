@@ -163,6 +163,7 @@ def global_streams():
     return torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # noqa: NPY002
 
 
+@pytest.mark.filterwarnings("ignore:The run ended with:UserWarning")
 def test_scoring_without_adding_leaves_no_trace():
     class LooksOnly(DVC):
         def choose(self, this):
@@ -281,6 +282,7 @@ def test_a_callback_serves_one_datamodule():
         fit(make(), callback=callback)
 
 
+@pytest.mark.filterwarnings("ignore:The run ended with:UserWarning")
 def test_a_second_fit_goes_on_selecting():
     datamodule, _, callback = fit(
         make(rounds=6),
@@ -420,6 +422,7 @@ def strategies():
     ]
 
 
+@pytest.mark.filterwarnings("ignore:The run ended with:UserWarning")
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")
 @pytest.mark.parametrize("number", range(len(strategies())))
 @pytest.mark.parametrize("stop", [1, 3])
@@ -477,3 +480,53 @@ def test_no_warnings_of_our_own():
         fit()
     ours = [str(entry.message) for entry in caught if "lightning_dvc" in str(entry.filename)]
     assert ours == []
+
+
+# --- what a review found -----------------------------------------------------------------------
+
+
+def test_a_bad_validation_sample_costs_no_training_sample():
+    datamodule = make({"good": good(), "wrong": wrong()}, val=Faulty({0: "nan", 3: "raises"}))
+    net = Net()
+    net.validation_step = lambda *args: None
+    with pytest.warns(UserWarning, match="some reference samples cannot be used"):
+        fit(datamodule, net, DVCCallback(), limit_val_batches=0)
+    assert datamodule.selection.set_aside == ()
+    assert len(datamodule.selected_ids) == 120
+
+
+def test_testing_an_earlier_checkpoint_leaves_the_selection_alone(tmp_path):
+    datamodule, callback = make(test=good(20, seed=8)), DVCCallback()
+    saver = ModelCheckpoint(tmp_path, save_top_k=-1)
+    run = trainer(callbacks=[callback, saver], enable_checkpointing=True)
+    run.fit(Net(), datamodule)
+    ids, done = datamodule.selected_ids.clone(), callback.rounds_done
+    first = sorted(tmp_path.glob("epoch=0*.ckpt"))[0]
+    run.test(Net(), datamodule, ckpt_path=first, verbose=False)
+    assert torch.equal(datamodule.selected_ids, ids)
+    assert callback.rounds_done == done
+
+
+def test_validating_on_other_data_is_none_of_our_business():
+    datamodule, callback = make(), DVCCallback(monitor="val_f1")
+    run = trainer(callbacks=[callback])
+    run.validate(Net(), datamodule.val_dataloader(), verbose=False)
+
+
+def test_a_run_too_short_for_the_budget_says_so():
+    with pytest.warns(UserWarning, match=r"ended with \d+ of a budget of 120 samples"):
+        fit(callbacks=[StopAfter(1)])
+
+
+def test_a_wholly_bad_source_does_not_stop_the_others():
+    faults = dict.fromkeys(range(40), "nan")
+    with pytest.warns(UserWarning, match="set aside"):
+        datamodule, _, _ = fit(make({"bad": Faulty(faults), "good": good()}, warmup=0.5))
+    assert set(datamodule.selection.source) == {"good"}
+
+
+def test_nothing_is_taken_back_that_the_budget_needs():
+    datamodule, _, _ = fit(
+        make({"good": good(60), "wrong": wrong(60)}, budget=1.0, rounds=6), max_epochs=9
+    )
+    assert len(datamodule.selected_ids) == 120

@@ -184,3 +184,11 @@ def test_validation_needs_no_pools(tmp_path):
 def test_split_by_names(names):
     parts = split_by(["a", "b", "c"], names)
     assert [[part[i] for i in range(len(part))] for part in parts.values()] == [["a", "c"], ["b"]]
+
+
+def test_a_loader_that_drops_its_last_batch_trains_from_the_first_epoch_on():
+    datamodule, net = fit(Existing(drop_last=True))
+    assert sum(net.seen[0]) >= 16
+    with pytest.raises(ConfigurationError, match="drop_last leaves nothing"):
+        fit(Existing(drop_last=True, batch_size=64))
+    assert datamodule.budget == 30

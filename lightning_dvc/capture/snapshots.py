@@ -75,7 +75,7 @@ class Snapshots:
         latest, drifts = self._states[0], []
         for name in layers:
             pairs = [
-                (p.detach(), latest[f"{name}.{n}" if name else n])
+                (p.detach(), latest[f"{name}.{n}" if name else n].to(p.device))
                 for n, p in layers[name].named_parameters()
                 if p.requires_grad and (f"{name}.{n}" if name else n) in latest
             ]

@@ -203,8 +203,9 @@ class DVC:
         """Selected samples that recent model states find less plausible than reference ones."""
         if this.number < _TAKE_BACK_FROM or this.is_last:
             return torch.empty(0, dtype=torch.int64)
-        # Not more than can be replaced.
-        most = min(int(self.take_back * len(this.selected)), int(this.pools.stock.sum()))
+        # Not more than can be replaced, beside what is still to be added.
+        spare = int(this.pools.stock.sum()) - (this.budget - len(this.selected))
+        most = min(int(self.take_back * len(this.selected)), max(spare, 0))
         limit = threshold(examined.reference_confidence, self.disown_quantile)
         return this.selected[disowned(examined.selected_confidence, limit, most)]
 

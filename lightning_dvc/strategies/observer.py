@@ -1,5 +1,6 @@
 """What DVC remembers of the model and of the samples it has seen, from round to round."""
 
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -204,7 +205,18 @@ class Observer:
             return None
         n = len(this.reference)  # type: ignore[arg-type]  # the datamodule checked that it has one
         ids = _some(torch.arange(n), self._settings.reference_size, this, "reference")
-        return this.probe.capture_all(this.reference, ids, self._snapshots)
+        n_bad = len(this.probe.bad)
+        reference = this.probe.capture_all(this.reference, ids, self._snapshots)
+        # Their ids are not those of the pools, of which nothing may be set aside for them.
+        if this.probe.bad[n_bad:]:
+            first = this.probe.bad[n_bad]
+            warnings.warn(
+                f"some reference samples cannot be used and are left out, for example number "
+                f"{first.id}: {first.reason}",
+                stacklevel=2,
+            )
+            del this.probe.bad[n_bad:]
+        return reference
 
     def _look_at_selected(self, this: Round) -> Captured:
         """The reservoir with gradients; more of the selection without, each process its part."""
