@@ -285,12 +285,10 @@ class DVCCallback(Callback):
             self._n_rounds = min(rounds, math.ceil(epochs / self._period))
 
     def _is_due(self, datamodule: DVCDataModule, epoch: int) -> bool:
-        return (
-            epoch != self._last_epoch
-            and epoch % self._period == 0
-            and self.rounds_done < self._n_rounds
-            and len(datamodule.selected_ids) < datamodule.budget
-        )
+        planned = self.rounds_done < self._n_rounds
+        wanted = planned and len(datamodule.selected_ids) < datamodule.budget
+        is_time = epoch != self._last_epoch and epoch % self._period == 0
+        return is_time and not datamodule.is_adopted and (wanted or self.strategy.refines)
 
     def _take_bad(self, group: Group) -> list[BadSample]:
         """Samples that could not be scored on any process, each once."""

@@ -259,6 +259,11 @@ class DVCDataModule(LightningDataModule):
         )
 
     @property
+    def is_adopted(self) -> bool:
+        """Whether the selection was loaded, to be trained on as it is."""
+        return self._adopted
+
+    @property
     def n_set_aside(self) -> int:
         """Samples that could not be scored so far."""
         return len(self._record.bad)

@@ -525,6 +525,26 @@ def test_a_wholly_bad_source_does_not_stop_the_others():
     assert set(datamodule.selection.source) == {"good"}
 
 
+def test_refining_goes_on_when_the_budget_is_full_and_never_exceeds_it():
+    sizes = Sizes()
+    sources = {"good": good(), "wrong": wrong()}
+    datamodule, _, callback = fit(
+        make(sources, rounds=2, warmup=0.4),
+        callback=DVCCallback(DVC(refine=True, temperature=1.0), every_n_epochs=1),
+        callbacks=[sizes],
+        max_epochs=10,
+    )
+    assert callback.rounds_done == 10
+    assert max(sizes.selected) == sizes.selected[-1] == 120
+    assert datamodule.selection.n_ever_selected > 120
+    plain, _, _ = fit(
+        make(sources, rounds=2, warmup=0.4),
+        callback=DVCCallback(DVC(temperature=1.0), every_n_epochs=1),
+        max_epochs=10,
+    )
+    assert datamodule.selection.shares()["good"] > plain.selection.shares()["good"]
+
+
 def test_nothing_is_taken_back_that_the_budget_needs():
     datamodule, _, _ = fit(
         make({"good": good(60), "wrong": wrong(60)}, budget=1.0, rounds=6), max_epochs=9

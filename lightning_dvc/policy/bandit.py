@@ -8,12 +8,15 @@ multiarmed bandit problem", Machine Learning 47, 2002.
 
 import math
 from collections.abc import Mapping
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
 
 from lightning_dvc.errors import ConfigurationError, StateError
 from lightning_dvc.policy.apportion import apportion
+
+_ALLOCATIONS: Final = ("softmax", "argmax")
 
 
 class SourceBandit:
@@ -32,6 +35,7 @@ class SourceBandit:
         discount: What a past round counts for, relative to the round after it; in ``(0, 1]``.
         exploration: Weight of the confidence term, at least 0. The default was measured for rounds
             in which the reward of an arm is already a mean over many candidates.
+        allocation: ``"softmax"``, or ``"argmax"`` to give all to the arms of the greatest index.
         temperature: Of the softmax that divides a round's candidates, greater than 0; the smaller,
             the more the best arm gets.
 
@@ -51,12 +55,14 @@ class SourceBandit:
         discount: float = 1.0,
         exploration: float = 0.05,
         temperature: float = 0.03,
+        allocation: Literal["softmax", "argmax"] = "softmax",
     ) -> None:
         for name, value, fits, range_ in (
             ("n_arms", n_arms, n_arms >= 1, "at least 1"),
             ("discount", discount, 0 < discount <= 1, "greater than 0 and at most 1"),
             ("exploration", exploration, 0 <= exploration < math.inf, "at least 0 and finite"),
             ("temperature", temperature, 0 < temperature < math.inf, "greater than 0 and finite"),
+            ("allocation", allocation, allocation in _ALLOCATIONS, "'softmax' or 'argmax'"),
         ):
             if not fits:
                 raise ConfigurationError(f"{name} must be {range_}, but is {value}; change {name}")
@@ -64,6 +70,7 @@ class SourceBandit:
         self.discount = discount
         self.exploration = exploration
         self.temperature = temperature
+        self.allocation = allocation
         self._counts = torch.zeros(n_arms, dtype=torch.float64)
         self._sums = torch.zeros(n_arms, dtype=torch.float64)
 
@@ -132,7 +139,8 @@ class SourceBandit:
         """Divide the candidates of one round among the arms.
 
         Arms never observed come first: they share all that the floors of the others leave, equally.
-        What they cannot take is divided in proportion to ``softmax(index / temperature)``.
+        What they cannot take is divided in proportion to ``softmax(index / temperature)``, or goes
+        to the arms in the order of their index, each as much as it may get.
 
         Args:
             quota: Candidates to divide, at least 0.
@@ -169,6 +177,8 @@ class SourceBandit:
         if quota <= int(first.sum()):
             return apportion(quota, torch.ones_like(index), lower, first)
         known_index = torch.where(unknown, 0.0, index)
+        if self.allocation == "argmax":
+            return _best_first(quota, known_index, first, upper)
         return apportion(quota, torch.softmax(known_index / self.temperature, 0), first, upper)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -209,3 +219,12 @@ class SourceBandit:
                 f"{limit}; pass an int64 tensor of shape ({self.n_arms},)"
             )
         return limit.to("cpu", torch.int64)
+
+
+def _best_first(quota: int, index: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+    """Serve the lower bounds, then the arms one after the other, the greatest index first."""
+    counts = lower.clone()
+    for arm in index.argsort(descending=True, stable=True).tolist():
+        room = int(upper[arm] - counts[arm])
+        counts[arm] += min(room, quota - int(counts.sum()))
+    return counts

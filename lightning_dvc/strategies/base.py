@@ -22,7 +22,7 @@ class Round:
 
     Attributes:
         number: Which round, from 1; the warm-up, which no strategy sees, is 0.
-        n_rounds: The last one.
+        n_rounds: The last planned one; later ones only refine a full selection.
         budget: The most samples that may be selected at the same time.
         oversample: Candidates to look at for each sample to add, at least 1.
         pools: Where candidates are drawn from. Only read: the choice is applied afterwards.
@@ -53,8 +53,8 @@ class Round:
 
     @property
     def progress(self) -> float:
-        """Share of the rounds that are over, in ``[0, 1)``."""
-        return (self.number - 1) / self.n_rounds
+        """Share of the planned rounds that are over, in ``[0, 1]``."""
+        return min((self.number - 1) / self.n_rounds, 1.0)
 
     def quota(self, n_removed: int = 0) -> int:
         """Samples to add, at most.
@@ -91,6 +91,11 @@ class Strategy(Protocol):
     @property
     def learns_from_score(self) -> bool:
         """Whether it needs the monitored validation score."""
+        ...
+
+    @property
+    def refines(self) -> bool:
+        """Whether rounds go on after the planned ones."""
         ...
 
     def choose(self, this: Round) -> Choice:

@@ -42,6 +42,9 @@ class DVC:
         discount: What a past round counts for in the bandit, relative to the next; in ``(0, 1]``.
         exploration: Weight of the bandit's confidence term, at least 0.
         temperature: How evenly the bandit divides candidates over the sources, above 0.
+        allocation: ``"softmax"`` of that temperature, or ``"argmax"``: all to the best sources.
+        refine: Whether to go on after the budget is full, taking back what the model has come to
+            disbelieve and filling up with better, never beyond the budget.
         reference_size: Reference samples drawn afresh each round, at least 1.
         reservoir_size: Selected samples that stand for the selection in the diversity metric and
             the training gradient, drawn afresh each round, at least 1.
@@ -83,6 +86,8 @@ class DVC:
         discount: float = 1.0,
         exploration: float = 0.05,
         temperature: float = 0.03,
+        allocation: Literal["softmax", "argmax"] = "softmax",
+        refine: bool = False,
         reference_size: int = 1000,
         reservoir_size: int = 1000,
         review_size: int = 10_000,
@@ -116,8 +121,13 @@ class DVC:
         self.disown_quantile = disown_quantile
         self.class_slack = class_slack
         self._new_bandit = partial(
-            SourceBandit, discount=discount, exploration=exploration, temperature=temperature
+            SourceBandit,
+            discount=discount,
+            exploration=exploration,
+            temperature=temperature,
+            allocation=allocation,
         )
+        self.refines = refine
         self._new_bandit(1)  # refuses settings that cannot be before training starts
         self._bandit: SourceBandit | None = None
         self._observer = Observer(
@@ -201,7 +211,7 @@ class DVC:
 
     def _disowned(self, this: Round, examined: Examined) -> Tensor:
         """Selected samples that recent model states find less plausible than reference ones."""
-        if this.number < _TAKE_BACK_FROM or this.is_last:
+        if this.number < _TAKE_BACK_FROM or (this.is_last and not self.refines):
             return torch.empty(0, dtype=torch.int64)
         # Not more than can be replaced, beside what is still to be added.
         spare = int(this.pools.stock.sum()) - (this.budget - len(this.selected))

@@ -19,6 +19,7 @@ class Random:
     """
 
     learns_from_score = False
+    refines = False
 
     def choose(self, this: Round) -> Choice:
         """Draw the round's quota, from each source in proportion to its stock."""

@@ -267,3 +267,14 @@ def test_bad_limits_are_refused():
         bandit.allocate(1, integers(1, 1), ceiling=torch.tensor([0.5, 1.0]))
     with pytest.raises(ConfigurationError, match="quota"):
         bandit.allocate(-1, integers(1, 1))
+
+
+def test_argmax_gives_all_to_the_best_arms_within_their_bounds():
+    bandit = SourceBandit(3, exploration=0.0, allocation="argmax")
+    bandit.update(torch.tensor([0.5, 0.9, 0.7]))
+    stock = torch.tensor([50, 4, 50])
+    assert bandit.allocate(10, stock).tolist() == [0, 4, 6]
+    assert bandit.allocate(10, stock, floor=torch.tensor([2, 0, 0])).tolist() == [2, 4, 4]
+    assert bandit.allocate(200, stock).tolist() == [50, 4, 50]
+    with pytest.raises(ConfigurationError, match="'softmax' or 'argmax'"):
+        SourceBandit(2, allocation="best")
