@@ -7,13 +7,14 @@ from functools import partial
 from typing import Any, Final, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lightning_dvc import trainer_bridge
 from lightning_dvc.capture.guard import undisturbed
 from lightning_dvc.capture.objective import UserObjective, resolve_objective
-from lightning_dvc.capture.probe import Probe
+from lightning_dvc.capture.probe import Probe, layers_that_mix_samples
 from lightning_dvc.datamodule import DVCDataModule
 from lightning_dvc.distributed import Group
 from lightning_dvc.errors import ConfigurationError
@@ -139,10 +140,11 @@ class DVCCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find out how to look at the model: its layers and its per-sample losses."""
         datamodule = self._datamodule(trainer)
-        if self.strategy.learns_from_score and not trainer.limit_val_batches:
+        validates = trainer.limit_val_batches and is_overridden("val_dataloader", datamodule)
+        if self.strategy.learns_from_score and not validates:
             raise ConfigurationError(
-                f"{type(self.strategy).__name__} learns from {self.monitor!r}, but "
-                "limit_val_batches=0 switches validation off; leave it on"
+                f"{type(self.strategy).__name__} learns from {self.monitor!r}, but nothing is "
+                "validated: there is no val dataset, or limit_val_batches=0; give and use one"
             )
         self._probe = Probe(
             pl_module,
@@ -168,8 +170,17 @@ class DVCCallback(Callback):
         ids = datamodule.selected_ids
         ids = ids[:: -(-len(ids) // _TRIAL_SIZE)]
         with undisturbed(pl_module):
-            probe.capture_all(datamodule.pools.dataset, ids)
+            seen = probe.capture_all(datamodule.pools.dataset, ids)
+            again = probe.capture_all(datamodule.pools.dataset, ids.flip(0))
         probe.bad.clear()  # the first round meets them again
+        mixed = layers_that_mix_samples(list(probe.captured_layers), seen, again)
+        if mixed:
+            rank_zero_warn(
+                f"The gradients of a sample in the layers {mixed} change when the samples of a "
+                "batch change places, so these layers do not keep the batch as their first axis, "
+                "or the loss is random: such layers cannot be scored. Use batch_first=True, or "
+                "name the layers to capture with layers=[...]."
+            )
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -302,6 +302,9 @@ def test_a_strategy_that_learns_needs_a_score():
     callback = DVCCallback(DVC(BayesianWeights()), monitor="val_acc")
     with pytest.raises(ConfigurationError, match="limit_val_batches=0"):
         fit(callback=callback, limit_val_batches=0)
+    callback = DVCCallback(DVC(BayesianWeights()), monitor="val_acc")
+    with pytest.raises(ConfigurationError, match="there is no val dataset"):
+        fit(make(val=None), callback=callback)
 
 
 @pytest.mark.parametrize(
@@ -523,6 +526,29 @@ def test_a_wholly_bad_source_does_not_stop_the_others():
     with pytest.warns(UserWarning, match="set aside"):
         datamodule, _, _ = fit(make({"bad": Faulty(faults), "good": good()}, warmup=0.5))
     assert set(datamodule.selection.source) == {"good"}
+
+
+class TimeFirst(Net):
+    """A layer that sees the sequence before the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(2, 16)
+        self.block = nn.TransformerEncoderLayer(16, 2, 32)  # batch_first=False
+
+    def forward(self, x):
+        tokens = self.embed(x.reshape(len(x), 4, 2)).transpose(0, 1)
+        return self.head(self.block(tokens).mean(0))
+
+
+def test_layers_that_mix_samples_are_named():
+    with pytest.warns(UserWarning, match=r"block\.linear1.*batch_first=True"):
+        fit(net=TimeFirst())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", ".*(LeafSpec|enable_nested_tensor).*")
+        warnings.filterwarnings("ignore", ".*does not have many workers.*")
+        fit(net=TimeFirst(), callback=DVCCallback(layers=["embed", "head"]))
 
 
 def test_refining_goes_on_when_the_budget_is_full_and_never_exceeds_it():

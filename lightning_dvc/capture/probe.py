@@ -286,3 +286,27 @@ def join(parts: Sequence[Captured]) -> Captured:
         ],
         fingerprints=torch.cat([part.fingerprints for part in parts]),
     )
+
+
+def layers_that_mix_samples(
+    names: Sequence[str], seen: Captured, again: Captured, tolerance: float = 0.05
+) -> list[str]:
+    """Find layers whose activations were dealt out to the wrong samples.
+
+    Args:
+        names: Names of the ``L`` captured layers.
+        seen: A pass over some samples, with gradients.
+        again: A pass over the same samples in another order.
+        tolerance: Largest difference between the two, relative to the largest gradient norm.
+
+    Returns:
+        Names of the layers in which the gradient norm of some sample depends on the order.
+    """
+    first, second = seen.ids.argsort(), again.ids.argsort()
+    mixed = []
+    for name, one, other in zip(names, seen.gradients, again.gradients, strict=True):
+        norms = one.squared_norms().sqrt().cpu()[first]
+        difference = (norms - other.squared_norms().sqrt().cpu()[second]).abs().max()
+        if difference > tolerance * norms.max():
+            mixed.append(name)
+    return mixed
