@@ -23,22 +23,6 @@ N_LAYER_METRICS: Final = 3
 
 
 @dataclass(frozen=True)
-class Candidates:
-    """Samples drawn from the pools, to be scored.
-
-    Attributes:
-        ids: ``(n,)`` global sample ids, ascending, so that each arm's samples are neighbours.
-        arms: ``(n,)`` the source that each sample belongs to.
-    """
-
-    ids: Tensor
-    arms: Tensor
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-
-@dataclass(frozen=True)
 class Choice:
     """What one round decided: which samples to add, which to take back, and why.
 

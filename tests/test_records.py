@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import torch
 
-from lightning_dvc.records import METRICS, N_LAYER_METRICS, BadSample, Candidates, Choice
+from lightning_dvc.records import METRICS, N_LAYER_METRICS, BadSample, Choice
 
 UNSCORED = Choice.unscored(torch.tensor([4, 2, 9]))
 
@@ -11,11 +11,6 @@ UNSCORED = Choice.unscored(torch.tensor([4, 2, 9]))
 def test_metrics_per_layer_come_first():
     assert METRICS[:N_LAYER_METRICS] == ("quality", "relevance", "diversity")
     assert METRICS[N_LAYER_METRICS:] == ("gradient_impact", "uncertainty", "stability")
-
-
-def test_candidates_have_a_length():
-    assert len(Candidates(torch.tensor([1, 5, 6]), torch.tensor([0, 1, 1]))) == 3
-    assert len(Candidates(torch.empty(0, dtype=torch.int64), torch.empty(0))) == 0
 
 
 def test_an_unscored_choice_keeps_its_ids_and_knows_nothing_else():
@@ -46,7 +41,6 @@ def test_defaults_are_not_shared():
     ("record", "name"),
     [
         (UNSCORED, "add"),
-        (Candidates(torch.tensor([1]), torch.tensor([0])), "ids"),
         (BadSample(1, "loss is NaN"), "reason"),
     ],
 )
