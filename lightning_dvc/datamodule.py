@@ -135,6 +135,14 @@ class DVCDataModule(LightningDataModule):
                     f"source {name!r} must fill {least} of the budget of {self.budget} samples "
                     f"(min_share={source.min_share}), but holds {len(source)}; lower one of them"
                 )
+        parts = [(len(source), source.max_share) for source in pools.sources.values()]
+        reachable = sum(min(size, math.floor(most * self.budget + 1e-9)) for size, most in parts)
+        # Rounding each share down may cost one sample per source.
+        if reachable + len(parts) <= self.budget:
+            raise ConfigurationError(
+                f"the sources can fill {reachable} of the budget of {self.budget} samples within "
+                "their max_share; raise a max_share, or lower the budget"
+            )
         self._pools = pools
         self._sampler = SelectionSampler(pools.dataset, self.seed)
 

@@ -59,6 +59,11 @@ class NoLength(Dataset):
             "'a' must fill 25 of the budget of 50 .* holds 10",
         ),
         (
+            {"a": good(20), "b": Source(good(90), max_share=0.5)},
+            {"budget": 80},
+            "can fill 60 of the budget of 80",
+        ),
+        (
             {"a": Source(good(60), min_share=0.7), "b": Source(good(60), min_share=0.7)},
             {},
             "add up to 1.4",
