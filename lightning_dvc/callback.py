@@ -220,13 +220,12 @@ class DVCCallback(Callback):
         """Hand the monitored score to the strategy."""
         if self.monitor is None or not trainer_bridge.is_fitting(trainer):
             return
-        if trainer.sanity_checking and not trainer.callback_metrics:
-            return
         if self.monitor not in trainer.callback_metrics:
             raise ConfigurationError(
                 f"DVCCallback(monitor={self.monitor!r}) expects a validation metric of that name, "
                 f"but the module logged {sorted(trainer.callback_metrics)}; log it with "
-                f"self.log({self.monitor!r}, ...) in validation_step, or monitor one of these"
+                f"self.log({self.monitor!r}, ...) in validation_step, or monitor one of these. If "
+                "the module logs only after the sanity check, set num_sanity_val_steps=0"
             )
         if not trainer.sanity_checking:
             value = trainer.strategy.reduce(

@@ -327,9 +327,11 @@ def test_a_missing_score_that_shows_late_is_an_error_too():
             if not self.trainer.sanity_checking:
                 super().validation_step(batch, batch_idx)
 
-    fit(net=Shy())  # logs in the end
+    with pytest.raises(ConfigurationError, match="set num_sanity_val_steps=0"):
+        fit(net=Shy())
+    fit(net=Shy(), num_sanity_val_steps=0)  # logs in the end
     with pytest.raises(ConfigurationError, match="val_f1"):
-        fit(net=Shy(), callback=DVCCallback(monitor="val_f1"))
+        fit(net=Shy(), callback=DVCCallback(monitor="val_f1"), num_sanity_val_steps=0)
 
 
 # --- objectives of every kind ------------------------------------------------------------------
