@@ -17,7 +17,7 @@ from lightning_dvc.capture.objective import UserObjective, resolve_objective
 from lightning_dvc.capture.probe import Probe, layers_that_mix_samples
 from lightning_dvc.datamodule import DVCDataModule
 from lightning_dvc.distributed import Group
-from lightning_dvc.errors import ConfigurationError
+from lightning_dvc.errors import ConfigurationError, check_settings
 from lightning_dvc.records import METRICS, BadSample, Choice
 from lightning_dvc.strategies.base import Round, Strategy
 from lightning_dvc.strategies.dvc import DVC
@@ -72,7 +72,7 @@ class DVCCallback(Callback):
         score_batch_size: int = 512,
         on_bad_sample: Literal["set_aside", "raise"] = "set_aside",
     ) -> None:
-        for name, value, fits, range_ in (
+        check_settings(
             ("mode", mode, mode in ("max", "min"), "'max' or 'min'"),
             (
                 "every_n_epochs",
@@ -87,9 +87,7 @@ class DVCCallback(Callback):
                 on_bad_sample in ("set_aside", "raise"),
                 "'set_aside' or 'raise'",
             ),
-        ):
-            if not fits:
-                raise ConfigurationError(f"{name} must be {range_}, but is {value!r}; change it")
+        )
         self.strategy: Strategy = strategy or DVC()
         if self.strategy.learns_from_score and monitor is None:
             raise ConfigurationError(

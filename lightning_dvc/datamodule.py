@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 from typing_extensions import override
 
-from lightning_dvc.errors import ConfigurationError
+from lightning_dvc.errors import ConfigurationError, check_settings
 from lightning_dvc.loaders import LoaderSettings
 from lightning_dvc.policy.budget import resolve_budget, warm_up_counts
 from lightning_dvc.pools import SELECTED, SET_ASIDE, TAKEN_BACK, AnyDataset, Pools, Source
@@ -100,14 +100,12 @@ class DVCDataModule(LightningDataModule):
         self, budget: int | float, seed: int, warmup: float, rounds: int, oversample: float
     ) -> None:
         super().__init__()
-        for name, value, fits, range_ in (
+        check_settings(
             ("seed", seed, seed >= 0, "at least 0"),
             ("warmup", warmup, 0 < warmup <= 1, "greater than 0 and at most 1"),
             ("rounds", rounds, rounds >= 1, "at least 1"),
             ("oversample", oversample, 1 <= oversample < math.inf, "at least 1"),
-        ):
-            if not fits:
-                raise ConfigurationError(f"{name} must be {range_}, but is {value}; change {name}")
+        )
         self.seed = seed
         self.warmup = warmup
         self.rounds = rounds

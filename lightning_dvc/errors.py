@@ -27,3 +27,23 @@ class BadSampleError(DVCError, RuntimeError):
 
 class StateError(DVCError, RuntimeError):
     """A checkpoint or a saved selection does not fit the objects it is loaded into."""
+
+
+def check_settings(*checks: tuple[str, object, bool, str]) -> None:
+    """Refuse the first setting that is out of its range.
+
+    Args:
+        checks: Name, value, whether it fits, and the range in words, of each setting.
+
+    Raises:
+        ConfigurationError: If one does not fit.
+
+    Example:
+        >>> check_settings(("rounds", 0, False, "at least 1"))
+        Traceback (most recent call last):
+        ...
+        lightning_dvc.errors.ConfigurationError: rounds must be at least 1, but is 0; change rounds
+    """
+    for name, value, fits, allowed in checks:
+        if not fits:
+            raise ConfigurationError(f"{name} must be {allowed}, but is {value!r}; change {name}")

@@ -37,7 +37,7 @@ def preserve_random_state() -> Iterator[None]:
         >>> torch.equal(state, torch.get_rng_state())
         True
     """
-    on_cuda: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    on_cuda: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch has no types here
     cpu = torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if on_cuda else []
     numpy_state = np.random.get_state()  # noqa: NPY002 - somebody else's stream, only put back

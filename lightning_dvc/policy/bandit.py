@@ -13,7 +13,7 @@ from typing import Final, Literal
 import torch
 from torch import Tensor
 
-from lightning_dvc.errors import ConfigurationError, StateError
+from lightning_dvc.errors import ConfigurationError, StateError, check_settings
 from lightning_dvc.policy.apportion import apportion
 
 _ALLOCATIONS: Final = ("softmax", "argmax")
@@ -57,15 +57,13 @@ class SourceBandit:
         temperature: float = 0.03,
         allocation: Literal["softmax", "argmax"] = "softmax",
     ) -> None:
-        for name, value, fits, range_ in (
+        check_settings(
             ("n_arms", n_arms, n_arms >= 1, "at least 1"),
             ("discount", discount, 0 < discount <= 1, "greater than 0 and at most 1"),
             ("exploration", exploration, 0 <= exploration < math.inf, "at least 0 and finite"),
             ("temperature", temperature, 0 < temperature < math.inf, "greater than 0 and finite"),
             ("allocation", allocation, allocation in _ALLOCATIONS, "'softmax' or 'argmax'"),
-        ):
-            if not fits:
-                raise ConfigurationError(f"{name} must be {range_}, but is {value}; change {name}")
+        )
         self.n_arms = n_arms
         self.discount = discount
         self.exploration = exploration

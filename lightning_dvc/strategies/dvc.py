@@ -13,7 +13,7 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor
 
-from lightning_dvc.errors import ConfigurationError
+from lightning_dvc.errors import ConfigurationError, check_settings
 from lightning_dvc.policy.bandit import SourceBandit
 from lightning_dvc.policy.diversify import class_ceilings, diversify
 from lightning_dvc.policy.refine import disowned, threshold
@@ -72,10 +72,10 @@ class DVC:
         ConfigurationError: If a number is out of its range.
 
     Example:
-        >>> DVC(take_back=2.0)
+        >>> DVC(review_size=0)  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
-        lightning_dvc.errors.ConfigurationError: take_back must be in [0, 1], but is 2.0; change it
+        lightning_dvc.errors.ConfigurationError: review_size must be at least 1, but is 0; ...
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class DVC:
         cache_dtype: torch.dtype | None = None,
         drift_tolerance: float = 0.01,
     ) -> None:
-        for name, value, fits, range_ in (
+        check_settings(
             ("reference_size", reference_size, reference_size >= 1, "at least 1"),
             ("reservoir_size", reservoir_size, reservoir_size >= 1, "at least 1"),
             ("review_size", review_size, review_size >= 1, "at least 1"),
@@ -112,9 +112,7 @@ class DVC:
             ("duplicate_angle", duplicate_angle, 0 <= duplicate_angle <= math.pi, "in [0, pi]"),
             ("layer_weights", layer_weights, _fit(layer_weights), "at least 0 and not all 0"),
             ("density", density, density in ("exact", "lsh"), "'exact' or 'lsh'"),
-        ):
-            if not fits:
-                raise ConfigurationError(f"{name} must be {range_}, but is {value!r}; change it")
+        )
         self.weights: WeightPolicy = weights or FixedWeights(DEFAULT_WEIGHTS)
         self.layer_weights = layer_weights
         self.take_back = take_back
