@@ -14,7 +14,7 @@ from typing_extensions import override
 from lightning_dvc import trainer_bridge
 from lightning_dvc.capture.guard import undisturbed
 from lightning_dvc.capture.objective import UserObjective, resolve_objective
-from lightning_dvc.capture.probe import Probe, layers_that_mix_samples
+from lightning_dvc.capture.probe import Captured, Probe, layers_that_mix_samples
 from lightning_dvc.datamodule import DVCDataModule
 from lightning_dvc.distributed import Group
 from lightning_dvc.errors import ConfigurationError, check_settings
@@ -24,6 +24,7 @@ from lightning_dvc.strategies.dvc import DVC
 from lightning_dvc.timing import Stopwatch
 
 _TRIAL_SIZE: Final = 32
+_LARGEST_BATCH: Final = 512
 # The rest of the run trains on what is then a full selection.
 _SELECTING_SHARE: Final = 2 / 3
 
@@ -47,8 +48,12 @@ class DVCCallback(Callback):
             made of torch's loss functions, or that optimises manually. A method
             ``per_sample_loss(batch)`` of the module does the same.
         layers: Names of the layers to capture, as in ``named_modules()``; every trainable
-            ``Linear`` and ``Conv2d`` when not given.
-        score_batch_size: Samples scored in one pass, at least 1.
+            ``Linear``, ``Conv1d`` to ``Conv3d`` and ``Embedding`` when not given.
+        score_batch_size: Samples scored in one pass, at least 1; ``"auto"`` begins with 512 and
+            goes on with half as many whenever memory runs out.
+        exact_numbers: Most numbers in the weight gradients of all captured layers together, at
+            least 0. Several such sets are kept while scoring. The largest layers beyond it are
+            scored by a random projection of their gradients; :attr:`layer_forms` says which.
         on_bad_sample: What to do about a sample that cannot be read or whose loss or features are
             not finite: ``"set_aside"``, or ``"raise"``.
 
@@ -69,7 +74,8 @@ class DVCCallback(Callback):
         every_n_epochs: int | None = None,
         objective: UserObjective | None = None,
         layers: Sequence[str] | None = None,
-        score_batch_size: int = 512,
+        score_batch_size: int | Literal["auto"] = "auto",
+        exact_numbers: int = 2**23,
         on_bad_sample: Literal["set_aside", "raise"] = "set_aside",
     ) -> None:
         check_settings(
@@ -80,7 +86,14 @@ class DVCCallback(Callback):
                 every_n_epochs is None or every_n_epochs >= 1,
                 "at least 1",
             ),
-            ("score_batch_size", score_batch_size, score_batch_size >= 1, "at least 1"),
+            (
+                "score_batch_size",
+                score_batch_size,
+                score_batch_size == "auto"
+                or (isinstance(score_batch_size, int) and score_batch_size >= 1),
+                "at least 1, or 'auto'",
+            ),
+            ("exact_numbers", exact_numbers, exact_numbers >= 0, "at least 0"),
             (
                 "on_bad_sample",
                 on_bad_sample,
@@ -100,6 +113,7 @@ class DVCCallback(Callback):
         self.objective = objective
         self.layers = layers
         self.score_batch_size = score_batch_size
+        self.exact_numbers = exact_numbers
         self.on_bad_sample = on_bad_sample
         self.watch = Stopwatch()
         self.rounds_done = 0
@@ -144,6 +158,7 @@ class DVCCallback(Callback):
                 f"{type(self.strategy).__name__} learns from {self.monitor!r}, but nothing is "
                 "validated: there is no val dataset, or limit_val_batches=0; give and use one"
             )
+        adapts = self.score_batch_size == "auto"
         self._probe = Probe(
             pl_module,
             resolve_objective(pl_module, self.objective),
@@ -151,7 +166,9 @@ class DVCCallback(Callback):
             prepare=partial(trainer_bridge.to_model, trainer, pl_module),
             context=partial(trainer_bridge.forward_context, trainer),
             layers=self.layers,
-            batch_size=self.score_batch_size,
+            batch_size=_LARGEST_BATCH if adapts else int(self.score_batch_size),
+            adapts=adapts,
+            exact_numbers=self.exact_numbers,
             num_workers=datamodule.loading.num_workers,
             on_bad_sample=self.on_bad_sample,
         )
@@ -168,17 +185,27 @@ class DVCCallback(Callback):
         ids = datamodule.selected_ids
         ids = ids[:: -(-len(ids) // _TRIAL_SIZE)]
         with undisturbed(pl_module):
-            seen = probe.capture_all(datamodule.pools.dataset, ids)
-            again = probe.capture_all(datamodule.pools.dataset, ids.flip(0))
+            seen = list(probe.capture(datamodule.pools.dataset, ids))
+            again = list(probe.capture(datamodule.pools.dataset, ids.flip(0)))
         probe.bad.clear()  # the first round meets them again
-        mixed = layers_that_mix_samples(list(probe.captured_layers), seen, again)
-        if mixed:
-            rank_zero_warn(
-                f"The gradients of a sample in the layers {mixed} change when the samples of a "
-                "batch change places, so these layers do not keep the batch as their first axis, "
-                "or the loss is random: such layers cannot be scored. Use batch_first=True, or "
-                "name the layers to capture with layers=[...]."
-            )
+        if seen and again:
+            self._leave_out_mixed(probe, seen, again)
+
+    def _leave_out_mixed(self, probe: Probe, seen: list[Captured], again: list[Captured]) -> None:
+        names = list(probe.captured_layers)
+        mixed = layers_that_mix_samples(names, seen, again)
+        if not mixed:
+            return
+        reason = (
+            f"the gradients of a sample in the layers {mixed} change when the samples of a batch "
+            "change places, so these layers do not keep the batch as their first axis, or the "
+            "loss is random"
+        )
+        remedy = "use batch_first=True, or name other layers with layers=[...]"
+        if self.layers is not None or mixed == names:
+            raise ConfigurationError(f"{reason}: such layers cannot be scored; {remedy}")
+        rank_zero_warn(f"{reason}: they are left out; {remedy}")
+        probe.leave_out(mixed)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -212,6 +239,11 @@ class DVCCallback(Callback):
         self.rounds_done, self._last_epoch = number, epoch
         self._warn_of(datamodule, bad)
         self._log(trainer, datamodule, choice)
+
+    @property
+    def layer_forms(self) -> dict[str, str]:
+        """How the gradients of each captured layer are kept and used; known once training runs."""
+        return {} if self._probe is None else self._probe.forms
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

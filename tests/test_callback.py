@@ -15,6 +15,8 @@ from torch.utils.data import TensorDataset
 
 from lightning_dvc import DVC, BayesianWeights, DVCCallback, DVCDataModule, FixedWeights, Random
 from lightning_dvc.errors import BadSampleError, CaptureError, ConfigurationError, ObjectiveError
+from lightning_dvc.records import METRICS
+from lightning_dvc.strategies.dvc import DEFAULT_WEIGHTS
 
 
 def make(sources=None, **settings):
@@ -113,7 +115,9 @@ def test_selection_tells_why():
     scored = table.round > 0
     assert (table.value[scored] >= 0).all()
     assert (table.value[scored] <= 1).all()
-    assert table.raw[scored].isfinite().all()
+    # What has no weight is not measured.
+    assert table.raw[scored].isfinite().all(0).tolist() == [False, True, *[False] * 4]
+    assert table.raw[scored][:, [0, 2, 3, 4, 5]].isnan().all()
     assert table.weights[scored][:, 1].eq(1).all()
     assert table.raw[~scored].isnan().all()
 
@@ -251,7 +255,7 @@ class WrongShape(Net):
 @pytest.mark.parametrize(
     ("net", "callback", "error", "message"),
     [
-        (NoLayer(), {}, CaptureError, "no trainable Linear or Conv2d"),
+        (NoLayer(), {}, CaptureError, "no trainable layer to capture among Linear"),
         (Net(), {"layers": ["tail"]}, CaptureError, "'tail' does not exist"),
         (OwnLoss(), {}, ObjectiveError, "pass objective="),
         (Manual(), {}, ObjectiveError, "optimises manually"),
@@ -312,7 +316,10 @@ def test_a_strategy_that_learns_needs_a_score():
     [
         ({"mode": "best"}, "'max' or 'min'"),
         ({"every_n_epochs": 0}, "every_n_epochs must be at least 1"),
-        ({"score_batch_size": 0}, "score_batch_size must be at least 1"),
+        ({"score_batch_size": 0}, "score_batch_size must be at least 1, or 'auto'"),
+        ({"score_batch_size": "large"}, "score_batch_size must be at least 1, or 'auto'"),
+        ({"score_batch_size": 2.5}, "score_batch_size must be at least 1, or 'auto'"),
+        ({"exact_numbers": -1}, "exact_numbers must be at least 0"),
         ({"on_bad_sample": "ignore"}, "'set_aside' or 'raise'"),
     ],
 )
@@ -385,7 +392,8 @@ class ManualWithLosses(Net):
 
 @pytest.mark.parametrize("net", [Regression, Gaussian, MultiLabel, ManualWithLosses])
 def test_other_tasks_run_to_the_end(net):
-    datamodule, net, _ = fit(net=net())
+    callback = DVCCallback(DVC(FixedWeights()), monitor="val_acc")
+    datamodule, net, _ = fit(net=net(), callback=callback)
     assert len(datamodule.selected_ids) == 120
     assert datamodule.selection.raw[datamodule.selection.round > 0].isfinite().all()
 
@@ -421,6 +429,7 @@ def test_dict_batches_and_an_objective_of_the_user():
 def strategies():
     return [
         DVC(),
+        DVC(FixedWeights()),
         DVC(BayesianWeights(initial=2)),
         DVC(stability_window=0, cache_bytes=0),
         Random(),
@@ -463,9 +472,10 @@ class StopAfter(Callback):
 
 
 def test_figures_of_every_round_reach_the_logger(tmp_path):
-    _, net, callback = fit(logger=CSVLogger(tmp_path, name="run", version=""))
-    with (tmp_path / "run" / "metrics.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["dvc/round"]]
+    logger = CSVLogger(tmp_path, name="run", version="")
+    equal = DVCCallback(DVC(FixedWeights()), monitor="val_acc")
+    _, net, callback = fit(callback=equal, logger=logger)
+    rows = logged(tmp_path)
     assert [float(row["dvc/round"]) for row in rows] == [1, 2, 3]
     steps = [0]
     for batches in net.seen.values():
@@ -477,6 +487,50 @@ def test_figures_of_every_round_reach_the_logger(tmp_path):
         assert math.isfinite(float(rows[-1][f"dvc/{name}"]))
     assert 0 < float(rows[-1]["dvc/selection_time_share"]) < 1
     assert callback.watch.seconds.keys() >= {"examine", "draw", "score", "choose", "learn", "apply"}
+
+
+def logged(folder):
+    with (folder / "run" / "metrics.csv").open(newline="") as file:
+        return [row for row in csv.DictReader(file) if row["dvc/round"]]
+
+
+def test_only_what_has_a_weight_is_measured_and_logged(tmp_path):
+    datamodule, _, _ = fit(logger=CSVLogger(tmp_path, name="run", version=""))
+    row = logged(tmp_path)[-1]
+    raw = datamodule.selection.raw[datamodule.selection.round > 0]
+    for number, metric in enumerate(METRICS):
+        measured = metric in DEFAULT_WEIGHTS
+        assert (f"dvc/metric/{metric}" in row) == measured
+        assert raw[:, number].isnan().all() == (not measured)
+        assert raw[:, number].isfinite().all() == measured
+
+
+def test_the_forms_of_gradients_are_known_from_the_start_of_training():
+    forms = []
+
+    class Notes(Callback):
+        def on_train_start(self, trainer, pl_module):
+            forms.append(callback.layer_forms)
+
+    class WithWords(Net):
+        def __init__(self):
+            super().__init__()
+            self.words, self.body = nn.Embedding(500, 4), nn.Linear(WIDTH + 4, 16)
+
+        def forward(self, x):
+            words = self.words((x * 50).long().abs() % 500).mean(1)
+            return super().forward(torch.cat([x, words], 1))
+
+    callback = DVCCallback(exact_numbers=1000)
+    assert callback.layer_forms == {}
+    datamodule, _, _ = fit(net=WithWords(), callback=callback, callbacks=[Notes()])
+    assert forms == [{"words": "projected", "body": "factors", "head": "factors"}]
+    assert callback.layer_forms == forms[0]
+    raw = datamodule.selection.raw[datamodule.selection.round > 0]
+    assert raw[:, [METRICS.index(name) for name in DEFAULT_WEIGHTS]].isfinite().all()
+    exact = DVCCallback()
+    fit(net=WithWords(), callback=exact)
+    assert exact.layer_forms == {**forms[0], "words": "scattered over tokens"}
 
 
 def test_no_warnings_of_our_own():
@@ -537,20 +591,134 @@ class TimeFirst(Net):
         super().__init__()
         self.embed = nn.Linear(2, 16)
         self.block = nn.TransformerEncoderLayer(16, 2, 32)  # batch_first=False
+        self.body = None
 
     def forward(self, x):
         tokens = self.embed(x.reshape(len(x), 4, 2)).transpose(0, 1)
         return self.head(self.block(tokens).mean(0))
 
 
-def test_layers_that_mix_samples_are_named():
-    with pytest.warns(UserWarning, match=r"block\.linear1.*batch_first=True"):
-        fit(net=TimeFirst())
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", ".*(LeafSpec|enable_nested_tensor).*")
-        warnings.filterwarnings("ignore", ".*does not have many workers.*")
-        fit(net=TimeFirst(), callback=DVCCallback(layers=["embed", "head"]))
+class Folded(Net):
+    """A layer that sees sequence and batch in one axis, all first places before all second ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.mix = nn.Linear(2, 16), nn.Linear(16, 16)
+        self.body = None
+
+    def forward(self, x):
+        tokens = self.embed(x.reshape(len(x), 4, 2)).transpose(0, 1)
+        return self.head(self.mix(tokens.flatten(0, 1)).relu().unflatten(0, (4, -1)).mean(0))
+
+
+class Notes(Callback):
+    """Notes the forms of the layers when training starts."""
+
+    def __init__(self, of):
+        self.of = of
+
+    def on_train_start(self, trainer, pl_module):
+        self.forms = self.of.layer_forms
+
+
+ATTENTION = pytest.mark.filterwarnings("ignore:trainable parameters of block.self_attn:UserWarning")
+
+
+@ATTENTION
+@pytest.mark.parametrize(
+    ("net", "warmup", "message"),
+    [
+        # Four places can be dealt out to four samples, but not to thirty.
+        (TimeFirst, 0.5, r"block\.linear1'.*do not return one output for each.*batch_first=True"),
+        (TimeFirst, 0.05, r"block\.linear1'.*left out.*batch_first=True"),
+        (Folded, 0.05, r"\['mix'\].*left out; use batch_first=True"),
+        (Folded, 0.5, r"\['mix'\].*left out; use batch_first=True"),
+    ],
+)
+def test_layers_that_mix_samples_are_left_out_with_a_warning(net, warmup, message):
+    callback = DVCCallback(DVC(FixedWeights()))
+    notes = Notes(callback)
+    with pytest.warns(UserWarning, match=message) as caught:
+        datamodule, _, _ = fit(make(warmup=warmup), net(), callback, callbacks=[notes])
+    assert sum("batch_first" in str(entry.message) for entry in caught) == 1
+    expected = {"embed": "factors, formed in parts", "head": "factors"}
+    assert notes.forms == callback.layer_forms == expected
+    assert len(datamodule.selected_ids) == 120
+    assert datamodule.selection.raw[datamodule.selection.round > 0].isfinite().all()
+    assert datamodule.selection.set_aside == ()
+
+
+def test_what_is_left_is_scored_as_if_only_that_had_been_named():
+    with pytest.warns(UserWarning, match="left out"):
+        whole, _, _ = fit(net=Folded(), callback=DVCCallback())
+    named, _, _ = fit(net=Folded(), callback=DVCCallback(layers=["embed", "head"]))
+    assert whole.selected_ids.tolist() == named.selected_ids.tolist()
+    assert torch.equal(whole.selection.raw.nan_to_num(), named.selection.raw.nan_to_num())
+
+
+class AllFolded(Folded):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.mix = nn.Identity(), nn.Linear(2, 16)
+
+    def forward(self, x):
+        tokens = x.reshape(len(x), 4, 2).transpose(0, 1).flatten(0, 1)
+        return self.head(self.mix(tokens).relu()).unflatten(0, (4, -1)).mean(0)
+
+
+@ATTENTION
+@pytest.mark.parametrize(
+    ("net", "settings", "error", "message"),
+    [
+        (
+            AllFolded,
+            {},
+            ConfigurationError,
+            r"\['mix', 'head'\].*cannot be scored; use batch_first",
+        ),
+        (Folded, {"layers": ["mix", "head"]}, ConfigurationError, r"\['mix'\].*cannot be scored"),
+        (TimeFirst, {"layers": ["block.linear1"]}, CaptureError, "batch as the first axis"),
+    ],
+)
+def test_layers_that_mix_samples_are_an_error_where_no_others_are_wanted(
+    net, settings, error, message
+):
+    net = net()
+    with pytest.raises(error, match=message):
+        fit(make(warmup=0.5), net, DVCCallback(**settings))
+    assert net.seen == {}
+
+
+@pytest.mark.filterwarnings("ignore:.*are set aside, for example:UserWarning")
+def test_a_bad_sample_among_layers_that_mix_samples():
+    # In such a layer it spoils others, each time different ones.
+    faults = dict.fromkeys(range(0, 40, 7), "nan")
+    datamodule = make({"good": Faulty(faults, n=200)}, warmup=0.5)
+    with pytest.warns(UserWarning, match=r"\['mix'\].*left out"):
+        fit(datamodule, Folded(), DVCCallback())
+    set_aside = {entry.index for entry in datamodule.selection.set_aside}
+    assert set_aside
+    assert set_aside <= faults.keys()
+
+
+class Hungry(Net):
+    def forward(self, x):
+        if len(x) > 20:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return super().forward(x)
+
+
+def test_as_many_samples_are_scored_at_once_as_fit():
+    datamodule, _, _ = fit(net=Hungry())
+    roomy, _, _ = fit()
+    assert datamodule.selection.set_aside == ()
+    assert datamodule.selected_ids.tolist() == roomy.selected_ids.tolist()
+    callback = DVCCallback(score_batch_size=20)
+    assert fit(net=Hungry(), callback=callback)[0].selection.set_aside == ()
+    net = Hungry()
+    with pytest.raises(CaptureError, match='set score_batch_size="auto", or smaller'):
+        fit(net=net, callback=DVCCallback(score_batch_size=21))
+    assert net.seen == {}
 
 
 def test_refining_goes_on_when_the_budget_is_full_and_never_exceeds_it():

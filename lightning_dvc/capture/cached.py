@@ -33,7 +33,11 @@ class CachedProbe:
         self._window = window
 
     def capture(
-        self, dataset: Dataset[Any], ids: Tensor, snapshots: Snapshots | None = None
+        self,
+        dataset: Dataset[Any],
+        ids: Tensor,
+        snapshots: Snapshots | None = None,
+        keep: bool = True,
     ) -> Iterator[Captured]:
         """Pass samples through the model, or recall what an earlier pass showed.
 
@@ -41,6 +45,8 @@ class CachedProbe:
             dataset: Where the ids point.
             ids: ``(n,)`` samples to look at.
             snapshots: Earlier states of the model to run them through as well.
+            keep: Whether to keep what the model shows. It does not pay while the model moves too
+                fast for an entry to be valid by the time it could be used.
 
         Yields:
             As :meth:`lightning_dvc.capture.probe.Probe.capture`, with gradients, samples from the
@@ -56,9 +62,10 @@ class CachedProbe:
                 losses=self._pad(captured.losses),
                 confidence=self._pad(captured.confidence),
             )
-            fields = _fields(padded)
-            if self._cache.accepts(fields):
-                self._cache.put(padded.ids, fields)
+            if keep:
+                fields = _fields(padded)
+                if self._cache.accepts(fields):
+                    self._cache.put(padded.ids, fields)
             yield padded
 
     def _pad(self, columns: Tensor) -> Tensor:
@@ -68,10 +75,10 @@ class CachedProbe:
         device = self._probe.device
         moved = {name: x if name == "labels" else x.to(device) for name, x in fields.items()}
         gradients: list[LayerGradients] = []
-        for layer in self._probe.captured_layers.values():
-            prefix = f"gradients.{len(gradients)}."
+        for number, like in enumerate(self._probe.like):
+            prefix = f"gradients.{number}."
             tensors = {n.removeprefix(prefix): x for n, x in moved.items() if n.startswith(prefix)}
-            gradients.append(restore(tensors, getattr(layer, "bias", None) is not None))
+            gradients.append(restore(tensors, like))
         representations = [moved[f"representations.{i}"] for i in range(len(gradients))]
         plain = {name: moved[name] for name in _PLAIN}
         return Captured(ids=ids, gradients=gradients, representations=representations, **plain)

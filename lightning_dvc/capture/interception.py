@@ -97,6 +97,10 @@ class LossInterception(TorchFunctionMode):
     Calls without a gradient, such as those of a metric, are not noted. Of ``l1_loss``, torch 2.13
     does not hand ``weight`` on to any mode, so that it is neither seen nor applied here.
 
+    Args:
+        leaves: For a forward pass without a graph: every value begins a graph of its own, so that
+            the coefficient with which it enters the loss can still be found.
+
     Example:
         >>> x = torch.zeros(2, 1, requires_grad=True)
         >>> with LossInterception() as seen:
@@ -105,9 +109,10 @@ class LossInterception(TorchFunctionMode):
         (5.0, [1.0, 9.0])
     """
 
-    def __init__(self) -> None:
+    def __init__(self, leaves: bool = False) -> None:
         super().__init__()
         self.calls: list[LossCall] = []
+        self._leaves = leaves
 
     @override
     def __torch_function__(
@@ -127,6 +132,8 @@ class LossInterception(TorchFunctionMode):
         elements = func(**_elementwise(arguments))
         # The call itself knows how torch divides by class weights and ignored targets.
         value = elements if reduction == "none" else func(*args, **kwargs)
+        if self._leaves:
+            value = value.detach().requires_grad_()
         if not value.requires_grad:
             return value
         self.calls.append(LossCall(func, arguments, reduction, value, elements))

@@ -1,70 +1,41 @@
 """Which layers are captured, and the hooks that capture them.
 
-Forward hooks note each layer's input and output; the gradient of the per-sample losses with
-respect to the outputs comes from one ``torch.autograd.grad``. No gradient with respect to a
-parameter is ever computed, and no ``.grad`` is touched.
+Forward hooks note what each layer received and where its output stands in the graph; the gradient
+of the per-sample losses with respect to the outputs comes from one ``torch.autograd.grad``. No
+gradient with respect to a parameter is ever computed, and no ``.grad`` is touched.
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn.parameter import is_lazy
 
-from lightning_dvc.capture.gradients import LayerGradients, layer_gradients
+from lightning_dvc.capture.convolution import CONVOLUTIONS
+from lightning_dvc.capture.gradients import LayerGradients
+from lightning_dvc.capture.kinds import NORMS, LayerKind, averaged, kind_of, widened
+from lightning_dvc.capture.projection import Projection
 from lightning_dvc.errors import CaptureError
+from lightning_dvc.randomness import torch_stream
 
 # A first layer's input is pooled to at most this many positions per axis before it is compared
 # between samples: enough to tell near-repeats from neighbours, small for large images.
 _FINGERPRINT_SIDE: Final = 8
-
-
-def _linear_positions(layer: nn.Module, x: Tensor, n: int) -> Tensor:
-    return x.reshape(n, -1, x.shape[-1])
-
-
-def _linear_outputs(delta: Tensor, n: int) -> Tensor:
-    return delta.reshape(n, -1, delta.shape[-1])
-
-
-def _conv2d_positions(layer: nn.Module, x: Tensor, n: int) -> Tensor:
-    assert isinstance(layer, nn.Conv2d)
-    if layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
-        padded, padding = x, layer.padding
-    else:
-        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-        padded = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
-        padding = (0, 0)
-    patches = F.unfold(padded, layer.kernel_size, layer.dilation, padding, layer.stride)
-    return patches.transpose(1, 2).reshape(n, -1, patches.shape[1])
-
-
-def _conv2d_outputs(delta: Tensor, n: int) -> Tensor:
-    return delta.flatten(2).transpose(1, 2).reshape(n, -1, delta.shape[1])
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """How one type of layer is read: its input as positions, its output gradient as positions."""
-
-    positions: Callable[[nn.Module, Tensor, int], Tensor]
-    outputs: Callable[[Tensor, int], Tensor]
-
-
-_KINDS: Final[dict[type[nn.Module], _Kind]] = {
-    nn.Linear: _Kind(_linear_positions, _linear_outputs),
-    nn.Conv2d: _Kind(_conv2d_positions, _conv2d_outputs),
+_TOKEN_WIDTH: Final = 64
+_AVERAGE: Final[dict[int, Callable[..., Tensor]]] = {
+    1: F.adaptive_avg_pool1d,
+    2: F.adaptive_avg_pool2d,
+    3: F.adaptive_avg_pool3d,
 }
 
-
-def _kind_of(layer: nn.Module) -> _Kind | None:
-    if isinstance(layer, nn.Conv2d) and layer.groups > 1:
-        return None
-    return next((kind for cls, kind in _KINDS.items() if isinstance(layer, cls)), None)
+_CAPTURED: Final = "Linear, Conv1d to Conv3d and Embedding"
 
 
 def find_layers(module: nn.Module, names: Sequence[str] | None = None) -> dict[str, nn.Module]:
@@ -72,11 +43,13 @@ def find_layers(module: nn.Module, names: Sequence[str] | None = None) -> dict[s
 
     Args:
         module: The model.
-        names: Names as in ``module.named_modules()``. Every ``Linear`` and ``Conv2d`` with a
-            trainable weight, when not given; a named layer may be frozen.
+        names: Names as in ``module.named_modules()``. When not given, every ``Linear``, ``Conv1d``
+            to ``Conv3d`` and ``Embedding`` with a trainable weight; a warning names what else
+            trains and is left out, other than normalisations. A named layer may be frozen, or a
+            ``LayerNorm``, ``RMSNorm``, ``GroupNorm`` or ``BatchNorm``.
 
     Returns:
-        Name to layer, in the order of definition.
+        Name to layer, in the order of definition, or of the names.
 
     Raises:
         CaptureError: If a named layer does not exist or cannot be captured, or none is found.
@@ -88,37 +61,50 @@ def find_layers(module: nn.Module, names: Sequence[str] | None = None) -> dict[s
     modules = dict(module.named_modules())
     if names is not None:
         return {name: _named_layer(modules, name) for name in names}
-    found, grouped = {}, []
+    found, left_out = {}, []
     for name, layer in modules.items():
-        weight = getattr(layer, "weight", None)
-        if not (isinstance(weight, Tensor) and weight.requires_grad):
+        if not any(p.requires_grad for p in layer.parameters(recurse=False)):
             continue
-        if _kind_of(layer) is not None:
+        reason = _refusal(layer)
+        if reason is None and not isinstance(layer, NORMS) and _trains(layer):
             found[name] = layer
-        elif isinstance(layer, nn.Conv2d):
-            grouped.append(name)
-    if grouped and found:
-        warnings.warn(
-            f"convolutions with groups are not captured and do not count: {grouped}", stacklevel=2
-        )
+        elif not isinstance(layer, NORMS):
+            left_out.append(f"{name or 'the module itself'} ({reason or 'its weight is frozen'})")
     if not found:
         raise CaptureError(
-            f"{type(module).__name__} has no trainable Linear or Conv2d layer to capture (with "
-            "groups=1); name the layers with layers=[...] if they are frozen, or train a model "
-            "that has some"
+            f"{type(module).__name__} has no trainable layer to capture among {_CAPTURED}; name "
+            "the layers with layers=[...] if they are frozen, or train a model that has some"
+        )
+    if left_out:
+        warnings.warn(
+            f"trainable parameters of {', '.join(left_out)} are not captured and do not count in "
+            "any metric",
+            stacklevel=2,
         )
     return found
+
+
+def _trains(layer: nn.Module) -> bool:
+    weight = getattr(layer, "weight", None)
+    return isinstance(weight, Tensor) and weight.requires_grad and not is_lazy(weight)
+
+
+def _refusal(layer: nn.Module) -> str | None:
+    """Why a layer cannot be captured, or None."""
+    kind = kind_of(layer)
+    return f"a {type(layer).__name__}" if kind is None else kind.refusal(layer)
 
 
 def _named_layer(modules: dict[str, nn.Module], name: str) -> nn.Module:
     layer = modules.get(name)
     if layer is None:
-        known = [key for key, value in modules.items() if _kind_of(value) is not None]
+        known = [key for key, value in modules.items() if _refusal(value) is None]
         raise CaptureError(f"layer {name!r} does not exist; layers that can be captured: {known}")
-    if _kind_of(layer) is None:
+    reason = _refusal(layer)
+    if reason is not None:
         raise CaptureError(
-            f"layer {name!r} is a {type(layer).__name__}, which cannot be captured; name Linear "
-            "layers or Conv2d layers with groups=1"
+            f"layer {name!r} is a {type(layer).__name__} and cannot be captured ({reason}); name "
+            f"layers among {_CAPTURED}, or normalisations"
         )
     return layer
 
@@ -127,8 +113,10 @@ def _named_layer(modules: dict[str, nn.Module], name: str) -> nn.Module:
 class _Calls:
     """What one layer received and returned in one forward pass, call by call."""
 
+    kind: LayerKind
     inputs: list[Tensor]
     outputs: list[Tensor]
+    edges: list[GradientEdge]
 
 
 class LayerCapture:
@@ -136,6 +124,7 @@ class LayerCapture:
 
     Args:
         layers: Name to layer, from :func:`find_layers`.
+        projections: Name to projection, of layers whose gradients are too large.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
@@ -146,8 +135,11 @@ class LayerCapture:
         [4, 4]
     """
 
-    def __init__(self, layers: dict[str, nn.Module]) -> None:
+    def __init__(
+        self, layers: Mapping[str, nn.Module], projections: Mapping[str, Projection] | None = None
+    ) -> None:
         self._layers = layers
+        self._projections = projections or {}
         self._calls: dict[str, _Calls] = {}
 
     @property
@@ -155,12 +147,33 @@ class LayerCapture:
         """Names of the layers in the order in which the last forward pass reached them."""
         return list(self._calls)
 
+    def forget_shared(self, n: int) -> list[str]:
+        """Drop what was recorded of layers whose outputs cannot be dealt out to ``n`` samples.
+
+        An embedding of positions is one, whose output is the same for all samples.
+
+        Returns:
+            Their names.
+        """
+        shared = [
+            name
+            for name, calls in self._calls.items()
+            if any(output.ndim == 0 or len(output) % n for output in calls.outputs)
+        ]
+        for name in shared:
+            del self._calls[name]
+        return shared
+
     @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Record inside the block; hooks are gone afterwards, also after an exception."""
+    def recording(self, gradients: bool = True) -> Iterator[None]:
+        """Record inside the block; hooks are gone afterwards, also after an exception.
+
+        Args:
+            gradients: Whether :meth:`gradients` will be asked for.
+        """
         self._calls = {}
         handles = [
-            layer.register_forward_hook(self._hook(name), with_kwargs=True)
+            layer.register_forward_hook(self._hook(name, gradients), with_kwargs=True)
             for name, layer in self._layers.items()
         ]
         try:
@@ -170,18 +183,25 @@ class LayerCapture:
             for handle in handles:
                 handle.remove()
 
-    def _hook(self, name: str) -> Callable[..., Tensor]:
+    def _hook(self, name: str, gradients: bool) -> Callable[..., Tensor | None]:
+        kind = kind_of(self._layers[name])
+        assert kind is not None
+
         def note(
             _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor
-        ) -> Tensor:
+        ) -> Tensor | None:
             received = args[0] if args else kwargs["input"]
-            if not out.requires_grad:  # every layer so far is frozen
-                out = out.detach().requires_grad_(torch.is_grad_enabled())
-            calls = self._calls.setdefault(name, _Calls([], []))
+            calls = self._calls.setdefault(name, _Calls(kind, [], [], []))
             calls.inputs.append(received.detach())
-            calls.outputs.append(out)
-            # A copy goes on, so that an in-place activation cannot overwrite what was noted.
-            return out.clone()
+            calls.outputs.append(out.detach())
+            if not gradients:
+                return None
+            frozen = not out.requires_grad  # as every layer before it
+            if frozen:
+                out = out.detach().requires_grad_()
+            # The place in the graph, not the tensor, which an in-place activation would overwrite.
+            calls.edges.append(get_gradient_edge(out))
+            return out.clone() if frozen else None
 
         return note
 
@@ -194,27 +214,24 @@ class LayerCapture:
         Returns:
             One entry per layer, in the order of :attr:`reached`.
         """
-        outputs = [output for calls in self._calls.values() for output in calls.outputs]
-        deltas = iter(torch.autograd.grad(losses.sum(), outputs, allow_unused=True))
-        n = len(losses)
+        edges = [edge for calls in self._calls.values() for edge in calls.edges]
+        deltas = iter(torch.autograd.grad(losses.sum(), edges, allow_unused=True))
         found = []
         for name, calls in self._calls.items():
-            layer, kind = self._layers[name], _kind_of(self._layers[name])
-            assert kind is not None
-            inputs = [_upcast(kind.positions(layer, x, n)) for x in calls.inputs]
-            outs = []
-            for output in calls.outputs:
-                delta = next(deltas)
-                delta = torch.zeros_like(output) if delta is None else delta
-                outs.append(_upcast(kind.outputs(delta, n)))
-            bias = getattr(layer, "bias", None) is not None
-            found.append(layer_gradients(torch.cat(inputs, 1), torch.cat(outs, 1), bias))
+            own = [
+                torch.zeros_like(output) if delta is None else delta
+                for output, delta in zip(calls.outputs, deltas, strict=False)
+            ]
+            layer = calls.kind.gradients(self._layers[name], calls.inputs, own, len(losses))
+            projection = self._projections.get(name)
+            found.append(layer if projection is None else projection(layer))
         return found
 
     def representations(self, n: int) -> list[Tensor]:
         """The representation after each layer: what the next captured layer receives.
 
-        The last layer's is its own output. Positions are averaged.
+        The last layer's is its own output, as is that of a layer before an embedding. Positions
+        are averaged.
 
         Args:
             n: Samples in the recorded batch.
@@ -222,25 +239,40 @@ class LayerCapture:
         Returns:
             One ``(n, d)`` tensor per layer, in the order of :attr:`reached`.
         """
-        calls = list(self._calls.values())
-        following = [call.inputs[0] for call in calls[1:]] + [calls[-1].outputs[-1].detach()]
-        layers = [self._layers[name] for name in self._calls]
-        owners = layers[1:] + layers[-1:]
-        return [_pool(x, layer, n) for x, layer in zip(following, owners, strict=True)]
+        names = self.reached
+        found = []
+        for name, following in zip(names, [*names[1:], None], strict=True):
+            after = None
+            if following is not None:
+                calls = self._calls[following]
+                after = calls.kind.received(self._layers[following], calls.inputs[0], n)
+            found.append(self._returned(name, n) if after is None else after)
+        return found
+
+    def _returned(self, name: str, n: int) -> Tensor:
+        """A layer's own output, positions averaged."""
+        output = self._calls[name].outputs[-1]
+        if isinstance(self._layers[name], CONVOLUTIONS):
+            output = output.movedim(1, -1)
+        return averaged(output, n)
 
     def fingerprints(self, n: int) -> Tensor:
         """What the first captured layer receives, pooled to a bounded size, ``(n, d)``.
 
-        Images are averaged to at most 8 x 8 positions, sequences to 8.
+        Images are averaged to at most 8 positions along each axis, sequences to 8. Of tokens it is
+        the mean of fixed random vectors, one for each token, padding left out.
 
         For a model that starts with a captured layer these are the features themselves, so they do
         not change while the model trains.
         """
         name, calls = next(iter(self._calls.items()))
-        x = _upcast(calls.inputs[0])
-        if isinstance(self._layers[name], nn.Conv2d):
-            height, width = (min(_FINGERPRINT_SIDE, size) for size in x.shape[-2:])
-            x = F.adaptive_avg_pool2d(x, (height, width)).flatten(1)
+        layer, x = self._layers[name], calls.inputs[0]
+        if isinstance(layer, nn.Embedding):
+            return _words(layer, x.reshape(n, -1))
+        x = widened(x)
+        if isinstance(layer, CONVOLUTIONS):
+            sides = [min(_FINGERPRINT_SIDE, size) for size in x.shape[2:]]
+            x = _AVERAGE[len(sides)](x, sides).flatten(1)
             return x.reshape(n, -1, x.shape[-1]).mean(1)
         x = x.reshape(n, -1, x.shape[-1])
         if x.shape[1] == 1:
@@ -249,12 +281,16 @@ class LayerCapture:
         return F.adaptive_avg_pool1d(x.transpose(1, 2), _FINGERPRINT_SIDE).flatten(1)
 
 
-def _pool(x: Tensor, layer: nn.Module, n: int) -> Tensor:
-    x = _upcast(x)
-    if isinstance(layer, nn.Conv2d):
-        x = x.mean((2, 3))
-    return x.reshape(n, -1, x.shape[-1]).mean(1)
+def _words(layer: nn.Embedding, tokens: Tensor) -> Tensor:
+    """Mean over ``(n, T)`` tokens of random vectors, ``(n, 64)``."""
+    table = _token_vectors(layer.num_embeddings).to(tokens.device)
+    counts = torch.ones_like(tokens, dtype=table.dtype)
+    if layer.padding_idx is not None:
+        counts = (tokens != layer.padding_idx).to(table)
+    total = (F.embedding(tokens, table) * counts[:, :, None]).sum(1)
+    return total / counts.sum(1, keepdim=True).clamp(min=1)
 
 
-def _upcast(x: Tensor) -> Tensor:
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+@lru_cache(maxsize=1)
+def _token_vectors(n_tokens: int) -> Tensor:
+    return torch.randn(n_tokens, _TOKEN_WIDTH, generator=torch_stream(0, "tokens"))

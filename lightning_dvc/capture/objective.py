@@ -2,7 +2,8 @@
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any, Final, Protocol
 
 import torch
@@ -177,8 +178,13 @@ class _TrainingStep:
         self._divided: dict[int, bool] = {}
 
     def __call__(self, module: nn.Module, batch: Any, n: int) -> Outcome:
-        with torch.enable_grad():
-            with LossInterception() as seen:
+        # A look that needs no gradient needs no graph behind the losses either.
+        graph = torch.is_grad_enabled()
+        with ExitStack() as stack:
+            if not graph:
+                stack.enter_context(_frozen(module))
+            stack.enter_context(torch.enable_grad())
+            with LossInterception(leaves=not graph) as seen:
                 loss = _loss_of(_run_step(module, batch))
             terms = terms_of(loss, seen.calls)
             self._check(loss.detach(), terms)
@@ -203,6 +209,19 @@ class _TrainingStep:
                 f"{_REMEDY}"
             )
         self._checked = finite
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """Make a forward pass build no graph, without switching gradients off."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def _tolerance(loss: Tensor, terms: list[Term]) -> float:

@@ -1,18 +1,21 @@
 """A look at samples through the user's model, as it is now and as it recently was."""
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from lightning_dvc.capture.gradients import LayerGradients, concatenate
+from lightning_dvc.capture.gradients import LayerGradients
 from lightning_dvc.capture.layers import LayerCapture, find_layers
 from lightning_dvc.capture.loading import Collate, LoadedBatch, load_batches
 from lightning_dvc.capture.objective import Objective, Outcome
+from lightning_dvc.capture.projection import plan_projections
 from lightning_dvc.capture.snapshots import Snapshots
 from lightning_dvc.errors import BadSampleError, CaptureError, DVCError
 from lightning_dvc.records import BadSample
@@ -59,6 +62,9 @@ class Probe:
         context: Where forward passes run, such as autocast.
         layers: Names of the layers to capture, or None for all that can be.
         batch_size: Samples in one pass.
+        adapts: Whether to halve that and go on when memory runs out, rather than raise.
+        exact_numbers: Most numbers in the full gradients of all layers together; the largest layers
+            beyond it are projected, see :mod:`lightning_dvc.capture.projection`.
         num_workers: Loader processes.
         on_bad_sample: ``"set_aside"`` or ``"raise"``.
     """
@@ -70,14 +76,20 @@ class Probe:
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
     layers: Sequence[str] | None = None
     batch_size: int = 512
+    adapts: bool = True
+    exact_numbers: int = 2**23
     num_workers: int = 0
     on_bad_sample: str = "set_aside"
     bad: list[BadSample] = field(default_factory=list, init=False)
+    like: list[LayerGradients] = field(default_factory=list, init=False)
+    """Gradients of no samples, per layer, as the last pass with gradients captured them."""
 
     def __post_init__(self) -> None:
         self._found = find_layers(self.module, self.layers)
+        self._projections = plan_projections(self._found, self.exact_numbers)
         self._order: list[str] = []
         self._seen_good = False
+        self._most = self.batch_size
 
     @property
     def device(self) -> torch.device:
@@ -88,6 +100,29 @@ class Probe:
     def captured_layers(self) -> dict[str, nn.Module]:
         """Layers that the forward pass reaches, in its order; known after the first batch."""
         return {name: self._found[name] for name in self._order}
+
+    @property
+    def forms(self) -> dict[str, str]:
+        """How each layer's gradients are kept: in factors, scattered, formed or projected.
+
+        Known after the first batch with gradients.
+        """
+        names = self._order if self.like else []
+        return {
+            name: "projected" if name in self._projections else like.form
+            for name, like in zip(names, self.like, strict=True)
+        }
+
+    def leave_out(self, names: Sequence[str]) -> None:
+        """Stop capturing some of the layers.
+
+        Args:
+            names: Names of captured layers, not all of them.
+        """
+        self._found = {name: x for name, x in self._found.items() if name not in names}
+        pairs = zip(self._order, self.like, strict=True) if self.like else ()
+        self.like = [like for name, like in pairs if name not in names]
+        self._order = [name for name in self._order if name not in names]
 
     def capture(
         self,
@@ -116,21 +151,30 @@ class Probe:
         for loaded in batches:
             self._note_bad(loaded.bad)
             if len(loaded.ids):
-                yield from self._look(loaded, snapshots, gradients)
+                yield from self.look(loaded, snapshots, gradients)
 
     def capture_all(
         self,
         dataset: Dataset[Any],
         ids: Tensor,
-        snapshots: Snapshots | None = None,
-        gradients: bool = True,
+        take: Callable[[Captured], None] | None = None,
     ) -> Captured:
-        """The same as :meth:`capture`, joined into one.
+        """The same as :meth:`capture`, joined into one, without gradients.
+
+        Args:
+            dataset: Where the ids point.
+            ids: ``(n,)`` samples to look at.
+            take: Gets each batch with its gradients, which are together too large to be kept; when
+                not given, none are taken.
 
         Raises:
             CaptureError: If not one sample could be used.
         """
-        parts = list(self.capture(dataset, ids, snapshots, gradients))
+        parts = []
+        for captured in self.capture(dataset, ids, gradients=take is not None):
+            if take is not None:
+                take(captured)
+            parts.append(replace(captured, gradients=[]))
         if not parts:
             reasons = "; ".join(entry.reason for entry in self.bad[-3:])
             raise CaptureError(
@@ -139,41 +183,84 @@ class Probe:
             )
         return join(parts)
 
-    def _look(
-        self, loaded: LoadedBatch, snapshots: Snapshots | None, gradients: bool
+    def look(
+        self,
+        loaded: LoadedBatch,
+        snapshots: Snapshots | None = None,
+        gradients: bool = True,
     ) -> Iterator[Captured]:
-        """Look at one batch; where it fails, at its halves, down to the sample at fault."""
+        """Look at one batch; where it fails, at its halves, down to the sample at fault.
+
+        Args:
+            loaded: The batch.
+            snapshots: Earlier states of the model to run it through as well.
+            gradients: Whether to take gradients with respect to the layers' outputs.
+
+        Yields:
+            As :meth:`capture`.
+        """
+        if len(loaded.ids) > self._most:
+            yield from self._look_at_halves(loaded, snapshots, gradients)
+            return
+        captured, failed, full = None, False, False
         try:
             captured = self._pass(loaded, snapshots, gradients)
         except DVCError:
             raise
         except Exception as error:
-            if len(loaded.ids) == 1:
+            failed, full = True, is_oom_error(error)
+            if full:
+                self._make_smaller(len(loaded.ids), error)
+            elif len(loaded.ids) == 1:
                 # The model may be what is broken: then every sample fails, beginning with this.
                 if not self._seen_good and len(self.bad) >= self.batch_size:
                     raise
                 reason = f"the model raised {type(error).__name__}: {error}"
                 self._note_bad([BadSample(int(loaded.ids[0]), reason)])
                 return
-            half = len(loaded.ids) // 2
-            for part in (slice(None, half), slice(half, None)):
-                samples = loaded.samples[part]
-                piece = LoadedBatch(loaded.ids[part], samples, self.collate(samples), [])
-                yield from self._look(piece, snapshots, gradients)
+        if full:
+            # Only here is the traceback gone, and with it what it keeps in memory.
+            garbage_collection_cuda()
+        if failed:
+            yield from self._look_at_halves(loaded, snapshots, gradients)
             return
         self._seen_good = True
         if captured is not None:
             yield captured
+
+    def _look_at_halves(
+        self, loaded: LoadedBatch, snapshots: Snapshots | None, gradients: bool
+    ) -> Iterator[Captured]:
+        half = len(loaded.ids) // 2
+        for part in (slice(None, half), slice(half, None)):
+            samples = loaded.samples[part]
+            piece = LoadedBatch(loaded.ids[part], samples, self.collate(samples), [])
+            yield from self.look(piece, snapshots, gradients)
+
+    def _make_smaller(self, size: int, error: Exception) -> None:
+        """Note that so many samples at once are too many for the memory."""
+        if not self.adapts or size == 1:
+            raise CaptureError(
+                f"scoring {size} samples at once needs more memory than there is; set "
+                'score_batch_size="auto", or smaller, or name fewer layers=[...]'
+            ) from error
+        self._most = size // 2
 
     def _pass(
         self, loaded: LoadedBatch, snapshots: Snapshots | None, gradients: bool
     ) -> Captured | None:
         n = len(loaded.ids)
         batch = self.prepare(loaded.batch)
-        recorder = LayerCapture(self._found)
-        with self.context(), recorder.recording():
+        recorder = LayerCapture(self._found, self._projections)
+        with self.context(), torch.set_grad_enabled(gradients), recorder.recording(gradients):
             outcome = self.objective(self.module, batch, n)
-        self._settle_layers(recorder.reached)
+        if not self._order:
+            self._settle_layers(recorder, n)
+        elif recorder.reached != self._order:
+            raise CaptureError(
+                f"the forward pass called the layers {recorder.reached}, but {self._order} before; "
+                "name layers that every batch calls with layers=[...]"
+            )
         captured = _assemble(
             loaded.ids,
             outcome,
@@ -182,40 +269,62 @@ class Probe:
             recorder.representations(n),
             recorder.fingerprints(n),
         )
+        self.like = [layer.rows(slice(0, 0)) for layer in captured.gradients] or self.like
         return self._keep_finite(captured)
 
     def _outcome(self, batch: Any, n: int, snapshots: Snapshots | None, age: int) -> Outcome:
         assert snapshots is not None
-        with snapshots.applied(self.module, age), self.context():
+        with snapshots.applied(self.module, age), self.context(), torch.no_grad():
             return self.objective(self.module, batch, n)
 
-    def _settle_layers(self, reached: list[str]) -> None:
-        if not self._order:
-            missed = [name for name in self.layers or () if name not in reached]
-            if missed or not reached:
-                raise CaptureError(
-                    f"the forward pass never called the layers {missed or list(self._found)}; name "
-                    f"layers that it calls, or leave layers=None (it called {reached})"
-                )
-            self._order = reached
-            self._found = {name: self._found[name] for name in reached}
-        elif reached != self._order:
+    def _settle_layers(self, recorder: LayerCapture, n: int) -> None:
+        """From the first batch on: which layers a forward pass calls, with a batch to deal out."""
+        shared = recorder.forget_shared(n)
+        missed = [name for name in self.layers or () if name not in recorder.reached]
+        if missed or not recorder.reached:
             raise CaptureError(
-                f"the forward pass called the layers {reached}, but {self._order} before; name "
-                "layers that every batch calls with layers=[...]"
+                f"the forward pass never called the layers {missed or list(self._found)} with a "
+                f"batch as the first axis; name layers that it does, or leave layers=None (it "
+                f"called {recorder.reached})"
+            )
+        self._order = recorder.reached
+        self._found = {name: self._found[name] for name in self._order}
+        if shared:
+            warnings.warn(
+                f"the layers {shared} do not return one output for each sample along their first "
+                "axis, so they are not captured and do not count in any metric; where another "
+                "axis comes first, batch_first=True helps",
+                stacklevel=2,
             )
 
     def _keep_finite(self, captured: Captured) -> Captured | None:
-        finite = captured.losses.isfinite().all(1) & captured.fingerprints.isfinite().all(1)
+        # Sums are a tenth of the work of looking at every number, and finite only if all are.
+        total = captured.losses.sum(1) + captured.fingerprints.sum(1)
         for representation in captured.representations:
-            finite &= representation.isfinite().all(1)
+            total = total + representation.sum(1)
         for layer in captured.gradients:
-            finite &= layer.squared_norms().isfinite()
+            total = total + layer.bound()
+        finite = total.isfinite()
+        if not bool(finite.all()):
+            finite = self._finite_after_all(captured, finite)
         if bool(finite.all()):
             return captured
         reason = "its loss, a feature or a gradient is not finite"
         self._note_bad([BadSample(int(i), reason) for i in captured.ids[~finite.cpu()]])
         return rows(captured, finite) if bool(finite.any()) else None
+
+    def _finite_after_all(self, captured: Captured, finite: Tensor) -> Tensor:
+        """Where only a sum or a bound overflows, the numbers themselves decide."""
+        doubtful = (~finite).nonzero().squeeze(1)
+        fine = captured.losses[doubtful].isfinite().all(1)
+        fine &= captured.fingerprints[doubtful].isfinite().all(1)
+        for representation in captured.representations:
+            fine &= representation[doubtful].isfinite().all(1)
+        for layer in captured.gradients:
+            fine &= layer.rows(doubtful).squared_norms().isfinite()
+        finite = finite.clone()
+        finite[doubtful] = fine
+        return finite
 
     def _note_bad(self, found: list[BadSample]) -> None:
         if found and self.on_bad_sample == "raise":
@@ -269,7 +378,7 @@ def rows(captured: Captured, keep: Tensor) -> Captured:
 
 
 def join(parts: Sequence[Captured]) -> Captured:
-    """Several passes over the same layers as one.
+    """Several passes over the same layers as one, without their gradients.
 
     Args:
         parts: At least one.
@@ -280,7 +389,7 @@ def join(parts: Sequence[Captured]) -> Captured:
         losses=torch.cat([part.losses for part in parts]),
         confidence=torch.cat([part.confidence for part in parts]),
         predictive=torch.cat([part.predictive for part in parts]),
-        gradients=[concatenate(layer) for layer in zip(*(p.gradients for p in parts), strict=True)],
+        gradients=[],
         representations=[
             torch.cat(layer) for layer in zip(*(p.representations for p in parts), strict=True)
         ],
@@ -289,24 +398,37 @@ def join(parts: Sequence[Captured]) -> Captured:
 
 
 def layers_that_mix_samples(
-    names: Sequence[str], seen: Captured, again: Captured, tolerance: float = 0.05
+    names: Sequence[str],
+    seen: Sequence[Captured],
+    again: Sequence[Captured],
+    tolerance: float = 0.05,
 ) -> list[str]:
     """Find layers whose activations were dealt out to the wrong samples.
 
     Args:
         names: Names of the ``L`` captured layers.
-        seen: A pass over some samples, with gradients.
+        seen: A pass over some samples, batch by batch, with gradients.
         again: A pass over the same samples in another order.
         tolerance: Largest difference between the two, relative to the largest gradient norm.
 
     Returns:
         Names of the layers in which the gradient norm of some sample depends on the order.
     """
-    first, second = seen.ids.argsort(), again.ids.argsort()
-    mixed = []
-    for name, one, other in zip(names, seen.gradients, again.gradients, strict=True):
-        norms = one.squared_norms().sqrt().cpu()[first]
-        difference = (norms - other.squared_norms().sqrt().cpu()[second]).abs().max()
-        if difference > tolerance * norms.max():
-            mixed.append(name)
-    return mixed
+    (ids, norms), (other_ids, others) = _norms_by_id(seen), _norms_by_id(again)
+    # Where samples are mixed, one that is not finite also spoils others, each time different ones.
+    norms, others = norms[torch.isin(ids, other_ids)], others[torch.isin(other_ids, ids)]
+    if not len(norms):
+        return []
+    difference = (norms - others).abs().amax(0)
+    mixed = difference > tolerance * norms.amax(0)
+    return [name for name, is_mixed in zip(names, mixed.tolist(), strict=True) if is_mixed]
+
+
+def _norms_by_id(parts: Sequence[Captured]) -> tuple[Tensor, Tensor]:
+    """Ids ``(n,)`` in order, and gradient norms ``(n, L)``, on the CPU."""
+    norms = [
+        torch.stack([layer.squared_norms().sqrt().cpu() for layer in part.gradients], dim=1)
+        for part in parts
+    ]
+    ids, order = torch.cat([part.ids for part in parts]).sort()
+    return ids, torch.cat(norms)[order]

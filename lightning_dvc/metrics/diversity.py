@@ -24,7 +24,7 @@ def diversity(representations: Tensor, selected: Density) -> Tensor:
 
     Example:
         >>> import torch
-        >>> from lightning_dvc.memory.lsh import ExactDensity
+        >>> from lightning_dvc.memory.density import ExactDensity
         >>> diversity(torch.tensor([[0.0], [2.0]]), ExactDensity(torch.zeros(1, 1), 1.0))
         tensor([-0., 2.])
     """

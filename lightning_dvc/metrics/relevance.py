@@ -6,16 +6,55 @@ better (area under the ROC curve 0.95 to 0.97 on the last layer against 0.6 to 0
 Fashion-MNIST), so that is what is used wherever there are classes.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from lightning_dvc.capture.gradients import LayerGradients
+from lightning_dvc.capture.gradients import (
+    LayerGradients,
+    Materialised,
+    OuterProducts,
+    concatenate,
+)
 
 MIN_CLASS_SAMPLES: Final = 3
 """A class with fewer reference samples than this is compared with the mean over all of them."""
+
+
+class MeanGradient(Protocol):
+    """The mean gradient of some reference samples in one layer."""
+
+    norm: Tensor
+    """Its length, a scalar."""
+
+    def products(self, gradients: LayerGradients) -> Tensor:
+        """Its inner product with each of ``n`` gradients, ``(n,)``."""
+
+
+class _Formed(MeanGradient):
+    def __init__(self, full: Tensor) -> None:
+        self.full = full
+        self.norm = torch.linalg.vector_norm(full)
+
+    @override
+    def products(self, gradients: LayerGradients) -> Tensor:
+        return gradients.dot(self.full)
+
+
+class _Factored(MeanGradient):
+    """Cheaper than formed where ``m (d_in + d_out) < d_in d_out``, of ``m`` samples."""
+
+    def __init__(self, members: LayerGradients) -> None:
+        self._members = members
+        self.norm = members.gram(members).mean().clamp(min=0).sqrt()
+
+    @override
+    def products(self, gradients: LayerGradients) -> Tensor:
+        return gradients.gram(self._members).mean(1)
 
 
 @dataclass(frozen=True)
@@ -23,46 +62,87 @@ class RelevanceReference:
     """Mean reference gradients of one layer, by class and overall.
 
     Attributes:
-        gradients: Gradients of ``m`` reference samples.
-        mixtures: ``(m, C + 1)``; column ``c`` averages class ``c``, the last one all samples.
-        norms: ``(C + 1,)`` lengths of these means.
-        column: ``(C + 1,)`` which column a label uses; entry ``-1`` (the last) is for no class.
+        overall: Mean gradient over all reference samples, a full gradient.
+        means: That of each class with enough samples, and last the one over all.
+        column: ``(C + 1,)`` which of the means a label uses; entry ``-1`` (the last) is for no
+            class.
     """
 
-    gradients: LayerGradients
-    mixtures: Tensor
-    norms: Tensor
+    overall: Tensor
+    means: list[MeanGradient]
     column: Tensor
 
 
-def relevance_reference(gradients: LayerGradients, labels: Tensor) -> RelevanceReference:
-    """Prepare the reference of one layer for :func:`relevance`.
-
-    Args:
-        gradients: Gradients of ``m`` reference samples, ``m >= 1``.
-        labels: ``(m,)`` classes, -1 where there is none.
+class ReferenceGradients:
+    """Takes in the reference gradients of one layer, batch by batch.
 
     Example:
         >>> from lightning_dvc.capture.gradients import Materialised
-        >>> ones = Materialised(torch.ones(4, 2, 2))
-        >>> relevance_reference(ones, torch.tensor([0, 0, 0, 1])).column.tolist()
-        [0, 2, 2]
+        >>> seen = ReferenceGradients()
+        >>> seen.add(Materialised(torch.ones(4, 2, 2)), torch.tensor([0, 0, 0, 1]))
+        >>> reference = seen.means()
+        >>> reference.column.tolist(), reference.overall.sum().item()
+        ([0, 1, 1], 4.0)
     """
-    n_classes = max(int(labels.max()) + 1, 0)
-    counts = torch.bincount(labels[labels >= 0], minlength=n_classes)
-    members = torch.zeros(len(labels), n_classes + 1)
-    known = labels >= 0
-    members[known, labels[known]] = 1.0 / counts[labels[known]].float()
-    members[:, -1] = 1.0 / len(labels)
-    overall = torch.full((n_classes + 1,), n_classes)
-    column = torch.where(
-        torch.cat([counts, torch.zeros(1, dtype=counts.dtype)]) >= MIN_CLASS_SAMPLES,
-        torch.arange(n_classes + 1),
-        overall,
-    )
-    products = gradients.products(gradients, members)
-    squared = (members.to(products) * products).sum(0)
-    return RelevanceReference(gradients, members, squared.clamp(min=0).sqrt(), column)
+
+    def __init__(self) -> None:
+        # Of factors with one position the samples are kept; of others only the sums by label. A
+        # layer's batches may differ in it, as those of sentences do: then all are summed up.
+        self._factors: list[LayerGradients] = []
+        self._sums: dict[int, Tensor] = {}
+        self._labels = torch.empty(0, dtype=torch.int64)
+
+    def add(self, gradients: LayerGradients, labels: Tensor) -> None:
+        """Take in a batch.
+
+        Args:
+            gradients: Gradients of ``m`` reference samples, ``m >= 1``.
+            labels: ``(m,)`` classes, -1 where there is none.
+        """
+        before, self._labels = self._labels, torch.cat([self._labels, labels])
+        one_position = isinstance(gradients, OuterProducts) and gradients.positions == 1
+        if one_position and not self._sums:
+            self._factors.append(gradients)
+            return
+        if self._factors:
+            self._sum_up(concatenate(self._factors), before)
+            self._factors.clear()
+        self._sum_up(gradients, labels)
+
+    def _sum_up(self, gradients: LayerGradients, labels: Tensor) -> None:
+        for rows, part in gradients.parts():
+            for label, _, own in split_by(part, labels[rows]):
+                if label not in self._sums:
+                    self._sums[label] = own.sum()
+                else:
+                    own.accumulate(self._sums[label])
+
+    def means(self) -> RelevanceReference:
+        """Everything taken in, ready for :func:`relevance`."""
+        n, labels = len(self._labels), self._labels
+        factors = concatenate(self._factors) if self._factors else None
+        total = torch.stack(list(self._sums.values())).sum(0) if factors is None else factors.sum()
+        overall = total / n
+        n_classes = max(int(labels.max()) + 1, 0)
+        counts = torch.bincount(labels[labels >= 0], minlength=n_classes)
+        means: list[MeanGradient] = []
+        column = torch.full((n_classes + 1,), -1)
+        for label in torch.nonzero(counts >= MIN_CLASS_SAMPLES).flatten().tolist():
+            column[label] = len(means)
+            count = int(counts[label])
+            if factors is None:
+                means.append(_Formed(self._sums[label] / count))
+            else:
+                means.append(_cheaper(factors.rows(labels == label), count))
+        column[column < 0] = len(means)
+        return RelevanceReference(overall, [*means, _Formed(overall)], column)
+
+
+def _cheaper(members: LayerGradients, count: int) -> MeanGradient:
+    rows, columns = members.full_shape
+    if count * (rows + columns) < rows * columns:
+        return _Factored(members)
+    return _Formed(members.sum() / count)
 
 
 def relevance(gradients: LayerGradients, labels: Tensor, reference: RelevanceReference) -> Tensor:
@@ -72,7 +152,7 @@ def relevance(gradients: LayerGradients, labels: Tensor, reference: RelevanceRef
         gradients: Gradients of ``n`` samples in one layer.
         labels: ``(n,)`` classes, -1 where there is none; a class without (enough) reference
             samples is compared with the mean over all of them.
-        reference: From :func:`relevance_reference`, for the same layer.
+        reference: From :class:`ReferenceGradients`, for the same layer.
 
     Returns:
         ``(n,)`` in ``[-1, 1]``; 0 where either gradient vanishes.
@@ -80,14 +160,46 @@ def relevance(gradients: LayerGradients, labels: Tensor, reference: RelevanceRef
     Example:
         >>> from lightning_dvc.capture.gradients import Materialised
         >>> g = Materialised(torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]]))
-        >>> none = torch.tensor([-1, -1])
-        >>> relevance(g, none, relevance_reference(g.rows(torch.tensor([0])), none[:1]))
+        >>> none, seen = torch.tensor([-1, -1]), ReferenceGradients()
+        >>> seen.add(g.rows(slice(0, 1)), none[:1])
+        >>> relevance(g, none, seen.means())
         tensor([1., 0.])
     """
     known = torch.where(labels < len(reference.column) - 1, labels, -1)
-    column = reference.column[known].to(reference.norms.device)
-    products = gradients.products(reference.gradients, reference.mixtures)
-    chosen = products.gather(1, column[:, None]).squeeze(1)
-    lengths = gradients.squared_norms().clamp(min=0).sqrt() * reference.norms[column]
-    cosine = torch.where(lengths > 0, chosen / lengths, 0.0)
-    return cosine.clamp(-1, 1)
+    column = reference.column[known]
+    products = torch.empty_like(squared := gradients.squared_norms())
+    for number, rows, own in split_by(gradients, column):
+        products[rows] = reference.means[number].products(own)
+    norms = torch.stack([mean.norm for mean in reference.means])[column.to(squared.device)]
+    lengths = squared.clamp(min=0).sqrt() * norms
+    return torch.where(lengths > 0, products / lengths, 0.0).clamp(-1, 1)
+
+
+def split_by(
+    gradients: LayerGradients, groups: Tensor
+) -> Iterator[tuple[int, Tensor | slice, LayerGradients]]:
+    """Gradients by group.
+
+    Args:
+        gradients: Gradients of ``n`` samples.
+        groups: ``(n,)`` int64.
+
+    Yields:
+        A group, where some of its samples stand, and their gradients; all samples, once each.
+        Formed gradients come in runs of one group as they stand, without being copied.
+    """
+    if isinstance(gradients, Materialised):
+        values, lengths = torch.unique_consecutive(groups, return_counts=True)
+        start = 0
+        for group, length in zip(values.tolist(), lengths.tolist(), strict=True):
+            run = slice(start, start + length)
+            yield group, run, gradients.rows(run)
+            start += length
+        return
+    present = sorted(set(groups.tolist()))
+    for group in present:
+        if len(present) == 1:
+            yield group, slice(None), gradients
+            return
+        rows = (groups == group).nonzero().squeeze(1)
+        yield group, rows, gradients.rows(rows)

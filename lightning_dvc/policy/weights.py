@@ -25,6 +25,7 @@ class WeightPolicy(Protocol):
 
     Attributes:
         learns_from_score: Whether it needs the validation score.
+        measures: The metrics that can have a weight above 0; the others need not be measured.
 
     Example:
         >>> policy: WeightPolicy = FixedWeights()
@@ -32,6 +33,7 @@ class WeightPolicy(Protocol):
     """
 
     learns_from_score: bool
+    measures: frozenset[str]
 
     def ask(self, progress: float) -> Tensor:
         """Weights to use next.
@@ -83,6 +85,9 @@ class FixedWeights:
 
     def __init__(self, weights: Mapping[str, float] | Sequence[float] | None = None) -> None:
         self._weights = _normalised(weights)
+        self.measures = frozenset(
+            name for name, weight in zip(METRICS, self._weights.tolist(), strict=True) if weight > 0
+        )
 
     def ask(self, progress: float) -> Tensor:
         """The fixed weights; see :meth:`WeightPolicy.ask`."""
@@ -131,6 +136,7 @@ class BayesianWeights:
     """
 
     learns_from_score = True
+    measures = frozenset(METRICS)
 
     def __init__(self, seed: int = 0, initial: int = 6, max_observations: int = 64) -> None:
         if not (seed >= 0 and 2 <= initial <= max_observations):

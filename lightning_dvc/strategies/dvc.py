@@ -51,7 +51,8 @@ class DVC:
         review_size: Selected samples looked at each round to see whether the model still believes
             their labels, at least 1.
         stability_window: Earlier model states kept for the stability metric and the review, at
-            least 0; each costs a copy of the trainable parameters.
+            least 0; each costs a copy of the trainable parameters and another forward pass of
+            every candidate, but only where stability has a weight.
         take_back: Largest share of the selection that one round takes back, in ``[0, 1]``; from
             round 3 on, and not in the last.
         disown_quantile: A selected sample is disowned if recent model states find its target less
@@ -129,6 +130,7 @@ class DVC:
         self._new_bandit(1)  # refuses settings that cannot be before training starts
         self._bandit: SourceBandit | None = None
         self._observer = Observer(
+            self.weights.measures,
             ObserverSettings(
                 reference_size=reference_size,
                 reservoir_size=reservoir_size,
@@ -139,7 +141,7 @@ class DVC:
                 cache_bytes=cache_bytes,
                 cache_dtype=cache_dtype,
                 drift_tolerance=drift_tolerance,
-            )
+            ),
         )
         # The weights in force and the progress at which they were asked for; the score since.
         self._asked: tuple[Tensor, float] | None = None
@@ -237,8 +239,15 @@ class DVC:
         rewards = ArmRewards(len(this.pools.names), examined.gradient)
         parts = [Scores.empty(len(examined.standards), self._observer.window)]
         for captured in self._observer.candidates(this, candidates):
-            rewards.add(captured, this.pools.arms_of(captured.ids))
-            parts.append(score(captured, examined.standards, self._observer.codes(captured)))
+            scores = score(
+                captured,
+                examined.standards,
+                self._observer.codes(captured),
+                this.pools.arms_of(captured.ids),
+                needs=self.weights.measures,
+                rewards=rewards,
+            )
+            parts.append(scores)
         return join_scores(parts).gather(this.group, this.probe.device), rewards
 
     def _pick(

@@ -1,24 +1,24 @@
 """What DVC remembers of the model and of the samples it has seen, from round to round."""
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
 
 from lightning_dvc.capture.cached import CachedProbe
-from lightning_dvc.capture.gradients import LayerGradients
 from lightning_dvc.capture.probe import Captured
 from lightning_dvc.capture.snapshots import Snapshots
+from lightning_dvc.memory.density import ExactDensity, LSHDensity, median_bandwidth_squared
 from lightning_dvc.memory.gradient_cache import GradientCache
 from lightning_dvc.memory.history import SampleHistory
-from lightning_dvc.memory.lsh import ExactDensity, LSHDensity, median_bandwidth_squared
 from lightning_dvc.memory.near_duplicates import N_TABLES, NearDuplicates
 from lightning_dvc.memory.statistics import ExponentialMovingAverage, StreamingMedian
 from lightning_dvc.metrics.diversity import Density
-from lightning_dvc.metrics.relevance import relevance_reference
+from lightning_dvc.metrics.relevance import ReferenceGradients, RelevanceReference
 from lightning_dvc.randomness import stream, torch_stream
 from lightning_dvc.strategies.base import Round
 from lightning_dvc.strategies.scoring import LayerStandards, Scores
@@ -26,6 +26,9 @@ from lightning_dvc.strategies.scoring import LayerStandards, Scores
 _MOMENTUM_DECAY: Final = 0.9
 # Norms of the last round or so: older ones belong to a model that is gone.
 _NORM_WINDOW: Final = 1024
+DENSITY_SIZE: Final = 256
+"""Points of the reservoir that the exact density is made of. With 1,000 of them diversity took half
+as long as a training step of a small MLP."""
 # Share of the reference samples that may seem to repeat another one. Measured on the data sets of
 # examples/ablation.py, 1,000 samples each: at most 10%. In a plane it is all of them.
 _MOST_ALIKE: Final = 0.2
@@ -72,22 +75,27 @@ class Observer:
         window: Model states that a sample is known in at most: the present and the snapshots.
 
     Args:
+        needs: The metrics that candidates are measured by; what others need is not looked at.
         settings: Sizes and tolerances.
     """
 
-    def __init__(self, settings: ObserverSettings) -> None:
+    def __init__(self, needs: Set[str], settings: ObserverSettings) -> None:
+        self._needs = needs
         self._settings = settings
         self.window = settings.stability_window + 1
-        self._snapshots = Snapshots(settings.stability_window)
+        # Beside stability, the cache needs the latest state, to tell how far the model has moved.
+        states = settings.stability_window if "stability" in needs else 0
+        self._snapshots = Snapshots(max(states, int(settings.cache_bytes > 0)))
         self._cache = GradientCache(
             settings.cache_bytes, settings.cache_dtype, settings.drift_tolerance
         )
         self._norms: list[StreamingMedian] = []
         self._momentum: list[ExponentialMovingAverage] = []
-        self._parts: tuple[SampleHistory, NearDuplicates] | None = None
+        self._parts: tuple[SampleHistory, SampleHistory, NearDuplicates] | None = None
         # What was loaded and not yet taken up, for lack of the sizes that a round brings.
         self._saved: Mapping[str, Any] | None = None
         self._tells_repeats = True
+        self._cache_pays = False
 
     @property
     def figures(self) -> dict[str, float]:
@@ -96,33 +104,35 @@ class Observer:
 
     def examine(self, this: Round) -> Examined:
         """Look at reference samples and at the selection, as the model sees them now."""
-        history, _ = self._begin(this)
-        reservoir = self._look_at_selected(this)
-        reference = self._look_at_reference(this)
-        self._cache.move(self._snapshots.drift(this.probe.module, this.probe.captured_layers))
+        of_selected, of_reference, _ = self._begin(this)
+        reservoir, training = self._look_at_selected(this)
+        reference, gradients = self._look_at_reference(this)
+        self._move_cache(this)
         self._tells_repeats = self._can_tell_repeats(reference)
         if reference is None:
-            reference = reservoir
-            confidence = history.recent(reservoir.ids, this.number).nanmean(1)
+            reference, gradients, seen = reservoir, training, of_selected
         else:
-            confidence = reference.confidence.nanmean(1).cpu()
+            seen = of_reference
+            seen.record(reference.ids, reference.confidence, this.number)
+        means = [layer.means() for layer in gradients]
         return Examined(
-            self._standards(this, reference, reservoir),
-            [_mean(layer) for layer in reference.gradients],
+            self._standards(reference, reservoir, means, training, this.seed),
+            [layer.overall for layer in means],
             reference.labels,
-            confidence,
-            history.recent(this.selected, this.number).nanmean(1),
+            seen.recent(reference.ids, this.number).nanmean(1),
+            of_selected.recent(this.selected, this.number).nanmean(1),
         )
 
     def candidates(self, this: Round, ids: Tensor) -> Iterator[Captured]:
         """Look at this process's part of the candidates, batch by batch, with gradients."""
         cached = CachedProbe(this.probe, self._cache, self.window)
         mine = this.group.shard(ids, this.probe.batch_size)
-        return cached.capture(this.pools.dataset, mine, self._snapshots)
+        snapshots = self._snapshots if "stability" in self._needs else None
+        return cached.capture(this.pools.dataset, mine, snapshots, keep=self._cache_pays)
 
     def codes(self, captured: Captured) -> Tensor:
         """Hash the features of ``n`` samples, ``(n, tables)``."""
-        return self._ready[1].codes(captured.fingerprints)
+        return self._ready[2].codes(captured.fingerprints)
 
     def duplicates(self, codes: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Near-duplicates: ``(n,)`` of a selected sample, and ``(p, 2)`` pairs among candidates.
@@ -131,7 +141,7 @@ class Observer:
         """
         if not self._tells_repeats:
             return None, None
-        near = self._ready[1]
+        near = self._ready[2]
         return near.known(codes), near.among(codes)
 
     def remember(self, this: Round, chosen: Scores, removed: Tensor) -> None:
@@ -142,10 +152,10 @@ class Observer:
             chosen: Scores of the samples that it adds.
             removed: ids that it takes back.
         """
-        history, near = self._ready
+        history, _, near = self._ready
         history.forget(removed)
         near.forget(removed)
-        seen = 1 + len(self._snapshots)
+        seen = 1 + (len(self._snapshots) if "stability" in self._needs else 0)
         history.record(chosen.ids, chosen.confidence[:, :seen], this.number)
         near.add(chosen.ids, chosen.codes)
         self._snapshots.push(this.probe.module)
@@ -167,14 +177,16 @@ class Observer:
         self._saved = state
 
     @property
-    def _ready(self) -> tuple[SampleHistory, NearDuplicates]:
+    def _ready(self) -> tuple[SampleHistory, SampleHistory, NearDuplicates]:
         assert self._parts is not None, "examine() comes first in a round"
         return self._parts
 
-    def _begin(self, this: Round) -> tuple[SampleHistory, NearDuplicates]:
+    def _begin(self, this: Round) -> tuple[SampleHistory, SampleHistory, NearDuplicates]:
         if self._parts is None:
             self._parts = (
                 SampleHistory(self.window, this.budget),
+                # Reference samples of as many rounds as there are states.
+                SampleHistory(self.window, self.window * self._settings.reference_size),
                 NearDuplicates(self._settings.duplicate_angle, this.seed),
             )
         if self._saved is not None:
@@ -191,22 +203,32 @@ class Observer:
         for average, saved in zip(self._momentum, state["momentum"], strict=True):
             average.load_state_dict(saved)
         if state["parts"]:
-            history, near = self._ready
-            history.load_state_dict(state["parts"][0])
-            near.load_state_dict(state["parts"][1])
+            for history, saved in zip(self._ready[:2], state["parts"][:2], strict=True):
+                history.load_state_dict(saved)
+            self._ready[2].load_state_dict(state["parts"][2])
 
     def _make_layers(self, n_layers: int) -> None:
         if not self._norms:
             self._norms = [StreamingMedian(_NORM_WINDOW) for _ in range(n_layers)]
             self._momentum = [ExponentialMovingAverage(_MOMENTUM_DECAY) for _ in range(n_layers)]
 
-    def _look_at_reference(self, this: Round) -> Captured | None:
+    def _move_cache(self, this: Round) -> None:
+        """Tell the cache how far the model has moved, and see whether entries live a round."""
+        drift = self._snapshots.drift(this.probe.module, this.probe.captured_layers)
+        self._cache.move(drift)
+        self._cache_pays = self._settings.cache_bytes > 0 and bool(
+            (drift <= self._settings.drift_tolerance).all()
+        )
+
+    def _look_at_reference(self, this: Round) -> tuple[Captured | None, list[ReferenceGradients]]:
+        gradients: list[ReferenceGradients] = []
         if this.reference is None:
-            return None
+            return None, gradients
         n = len(this.reference)  # type: ignore[arg-type]  # the datamodule checked that it has one
         ids = _some(torch.arange(n), self._settings.reference_size, this, "reference")
         n_bad = len(this.probe.bad)
-        reference = this.probe.capture_all(this.reference, ids, self._snapshots)
+        take = partial(_take, gradients, by_label=True)
+        reference = this.probe.capture_all(this.reference, ids, take)
         # Their ids are not those of the pools, of which nothing may be set aside for them.
         if this.probe.bad[n_bad:]:
             first = this.probe.bad[n_bad]
@@ -216,31 +238,35 @@ class Observer:
                 stacklevel=2,
             )
             del this.probe.bad[n_bad:]
-        return reference
+        return reference, gradients
 
-    def _look_at_selected(self, this: Round) -> Captured:
-        """The reservoir with gradients; more of the selection without, each process its part."""
+    def _look_at_selected(self, this: Round) -> tuple[Captured, list[ReferenceGradients]]:
+        """A reservoir of the selection; more of it just in case, each process its part."""
         sizes = self._settings
         ids = _some(this.selected, sizes.reservoir_size, this, "reservoir")
-        reservoir = this.probe.capture_all(this.pools.dataset, ids)
+        gradients: list[ReferenceGradients] = []
+        stands_in = this.reference is None
+        take = partial(_take, gradients, by_label=stands_in)
+        wanted = stands_in or "gradient_impact" in self._needs
+        reservoir = this.probe.capture_all(this.pools.dataset, ids, take if wanted else None)
         others = this.selected[~torch.isin(this.selected, ids)]
         others = _some(others, sizes.review_size, this, "review")
         mine = this.group.shard(others, this.probe.batch_size)
         review = list(this.probe.capture(this.pools.dataset, mine, gradients=False))
         self._note(this, [reservoir])
         self._note(this, review, gather=True)
-        return reservoir
+        return reservoir, gradients
 
     def _can_tell_repeats(self, reference: Captured | None) -> bool:
         """Whether held-out samples, which hardly repeat each other, are told apart."""
         if reference is None:
             return True
-        pairs = self._ready[1].among(self.codes(reference))
+        pairs = self._ready[2].among(self.codes(reference))
         return len(set(pairs.flatten().tolist())) <= _MOST_ALIKE * len(reference)
 
     def _note(self, this: Round, seen: list[Captured], gather: bool = False) -> None:
         """Keep how plausible the model finds selected samples now, and what they look like."""
-        history, near = self._ready
+        history, _, near = self._ready
         codes = [self.codes(part) for part in seen]
         ids = torch.cat([torch.empty(0, dtype=torch.int64), *(part.ids for part in seen)])
         confidence = torch.cat([torch.empty(0, 1), *(part.confidence.cpu() for part in seen)])
@@ -254,35 +280,55 @@ class Observer:
         near.add(ids, all_codes)
 
     def _standards(
-        self, this: Round, reference: Captured, reservoir: Captured
+        self,
+        reference: Captured,
+        reservoir: Captured,
+        means: list[RelevanceReference],
+        training: list[ReferenceGradients],
+        seed: int,
     ) -> list[LayerStandards]:
-        if not self._norms:
-            self._make_layers(len(reference.gradients))
+        self._make_layers(len(means))
         found = []
-        for number, (norms, momentum) in enumerate(zip(self._norms, self._momentum, strict=True)):
+        for number, norms in enumerate(self._norms):
             norms.update(torch.linalg.vector_norm(reference.representations[number], dim=1))
-            momentum.update(_mean(reservoir.gradients[number]))
             found.append(
                 LayerStandards(
                     norms.median,
                     norms.mad,
-                    relevance_reference(reference.gradients[number], reference.labels),
-                    self._density(reservoir.representations[number], this.seed),
-                    momentum.value,
+                    means[number],
+                    self._density(reservoir.representations[number], seed),
+                    self._mean_training_gradient(number, training),
                 )
             )
         return found
 
-    def _density(self, points: Tensor, seed: int) -> Density:
+    def _mean_training_gradient(
+        self, layer: int, training: list[ReferenceGradients]
+    ) -> Tensor | None:
+        if "gradient_impact" not in self._needs:
+            return None
+        self._momentum[layer].update(training[layer].means().overall)
+        return self._momentum[layer].value
+
+    def _density(self, points: Tensor, seed: int) -> Density | None:
+        if "diversity" not in self._needs:
+            return None
+        hashed = self._settings.density == "lsh"
+        if not hashed:  # every k-th, since a reservoir is in the order of ids, hence of sources
+            points = points[:: -(-len(points) // DENSITY_SIZE)]
         bandwidth_squared = median_bandwidth_squared(points, torch_stream(seed, "bandwidth"))
-        if self._settings.density == "lsh":
+        if hashed:
             return LSHDensity(points, bandwidth_squared, seed=seed)
         return ExactDensity(points, bandwidth_squared)
 
 
-def _mean(layer: LayerGradients) -> Tensor:
-    """The mean gradient of a layer, a full gradient."""
-    return layer.mixture(torch.full((len(layer),), 1 / len(layer)))
+def _take(gradients: list[ReferenceGradients], captured: Captured, *, by_label: bool) -> None:
+    """Add a batch to what each layer has taken in."""
+    if not gradients:
+        gradients.extend(ReferenceGradients() for _ in captured.gradients)
+    labels = captured.labels if by_label else torch.full_like(captured.labels, -1)
+    for layer, batch in zip(gradients, captured.gradients, strict=True):
+        layer.add(batch, labels)
 
 
 def _some(ids: Tensor, most: int, this: Round, purpose: str) -> Tensor:

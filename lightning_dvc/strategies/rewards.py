@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_dvc.capture.probe import Captured
+from lightning_dvc.capture.gradients import LayerGradients
 from lightning_dvc.distributed import Group
+from lightning_dvc.metrics.relevance import split_by
 
 
 class ArmRewards:
@@ -22,21 +23,34 @@ class ArmRewards:
 
     def __init__(self, n_arms: int, reference: Sequence[Tensor]) -> None:
         self._reference = [full.double() for full in reference]
+        # In double precision, so that it matters little in which order processes add up batches.
         self._sums = [full.new_zeros(n_arms, *full.shape) for full in self._reference]
+        self._batch: dict[tuple[int, int], Tensor] = {}
         self._counts = torch.zeros(n_arms, dtype=torch.int64)
 
-    def add(self, captured: Captured, arms: Tensor) -> None:
-        """Take in a batch of candidates.
+    def add(self, layer: int, gradients: LayerGradients, arms: Tensor) -> None:
+        """Take in the gradients of one layer for a part of a batch of candidates.
 
         Args:
-            captured: What a pass over ``n`` candidates showed, with gradients.
+            layer: Number of the layer.
+            gradients: Gradients of ``n`` candidates.
             arms: ``(n,)`` the source of each.
         """
-        for arm in sorted(set(arms.tolist())):
-            mine = arms == arm
-            for total, layer in zip(self._sums, captured.gradients, strict=True):
-                ones = torch.ones(int(mine.sum()), device=total.device)
-                total[arm] += layer.rows(mine).mixture(ones)
+        for arm, _, own in split_by(gradients, arms):
+            if (layer, arm) not in self._batch:
+                self._batch[layer, arm] = own.sum()
+            else:
+                own.accumulate(self._batch[layer, arm])
+
+    def close(self, arms: Tensor) -> None:
+        """End a batch, all of whose parts and layers were added.
+
+        Args:
+            arms: ``(n,)`` the sources of its candidates.
+        """
+        for (layer, arm), total in self._batch.items():
+            self._sums[layer][arm] += total
+        self._batch.clear()
         self._counts += torch.bincount(arms, minlength=len(self._counts))
 
     def rewards(self, group: Group) -> Tensor:

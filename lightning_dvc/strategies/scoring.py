@@ -1,6 +1,6 @@
 """The six metrics of a batch of candidates, measured against the standards of a round."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, fields
 
 import torch
@@ -17,6 +17,7 @@ from lightning_dvc.metrics.stability import stability
 from lightning_dvc.metrics.uncertainty import spread, uncertainty
 from lightning_dvc.metrics.value import dvc_value, rank_normalise
 from lightning_dvc.records import METRICS, N_LAYER_METRICS
+from lightning_dvc.strategies.rewards import ArmRewards
 
 
 @dataclass(frozen=True)
@@ -27,16 +28,16 @@ class LayerStandards:
         median: Median norm of the reference representations.
         mad: Median absolute deviation of those norms.
         relevance: Mean reference gradients, by class.
-        selected: Density of the selected samples' representations.
-        momentum: Moving average of the mean training gradient, ``(d_out, d_in)`` or, with a bias,
-            ``(d_out, d_in + 1)``.
+        selected: Density of the selected samples' representations, for diversity.
+        momentum: Moving average of the mean training gradient, a full gradient, for gradient
+            impact.
     """
 
     median: float
     mad: float
     relevance: RelevanceReference
-    selected: Density
-    momentum: Tensor
+    selected: Density | None
+    momentum: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,10 @@ class Scores:
     Attributes:
         ids: ``(n,)`` sample ids.
         labels: ``(n,)`` classes, -1 where there is none.
-        layer_metrics: ``(n, L, 3)`` quality, relevance and diversity in each layer.
-        global_metrics: ``(n, 3)`` gradient impact, uncertainty and stability.
+        layer_metrics: ``(n, L, 3)`` quality, relevance and diversity in each layer, NaN where not
+            measured.
+        global_metrics: ``(n, 3)`` gradient impact, uncertainty and stability, NaN where not
+            measured.
         confidence: ``(n, S)`` how plausible recent model states find the target; NaN if unknown.
         codes: ``(n, tables)`` hash codes of the features.
     """
@@ -90,9 +93,10 @@ class Scores:
             weights: ``(6,)`` metric weights on the simplex.
             layer_weights: ``(L,)`` layer weights on the simplex.
         """
+        # A metric that was not measured has no weight, and all have the same rank in it.
         return dvc_value(
-            rank_normalise(self.layer_metrics),
-            rank_normalise(self.global_metrics),
+            rank_normalise(self.layer_metrics.nan_to_num(nan=0.0)),
+            rank_normalise(self.global_metrics.nan_to_num(nan=0.0)),
             weights,
             layer_weights,
         )
@@ -111,43 +115,86 @@ def join_scores(parts: Sequence[Scores]) -> Scores:
     )
 
 
-def score(captured: Captured, standards: Sequence[LayerStandards], codes: Tensor) -> Scores:
-    """Measure the six metrics of a batch.
+def score(
+    captured: Captured,
+    standards: Sequence[LayerStandards],
+    codes: Tensor,
+    arms: Tensor,
+    *,
+    needs: Set[str],
+    rewards: ArmRewards,
+) -> Scores:
+    """Measure the metrics of a batch, and what its gradients say about their sources.
 
     Args:
         captured: What a pass over ``n`` candidates showed, with gradients.
         standards: One entry per captured layer.
         codes: ``(n, tables)`` hash codes of the candidates' features.
+        arms: ``(n,)`` the source of each candidate.
+        needs: Metrics to measure; the others come out as NaN.
+        rewards: Takes in the batch.
 
     Returns:
         The raw metrics, in float32.
     """
-    gradients, representations = captured.gradients, captured.representations
-    by_layer = [
-        torch.stack(
-            [
-                quality(h, layer.median, layer.mad),
-                relevance(g, captured.labels, layer.relevance),
-                diversity(h, layer.selected),
-            ],
-            dim=1,
-        )
-        for g, h, layer in zip(gradients, representations, standards, strict=True)
+    relevances, products = _ask_gradients(captured, standards, arms, needs, rewards)
+    missing = torch.full_like(captured.losses[:, 0], torch.nan)
+    layer_metrics = [
+        [
+            quality(h, std.median, std.mad) if "quality" in needs else missing,
+            found if "relevance" in needs else missing,
+            diversity(h, std.selected) if std.selected is not None else missing,
+        ]
+        for h, found, std in zip(captured.representations, relevances, standards, strict=True)
     ]
-    # Plain regression does not say how sure it is; the last hidden layer's spread stands in.
-    last_hidden = representations[max(len(representations) - 2, 0)]
-    unknown = captured.predictive.isnan()
-    predictive = torch.where(unknown, spread(last_hidden), captured.predictive)
-    over_all = [
-        gradient_impact(gradients, [layer.momentum for layer in standards]),
-        uncertainty(predictive, representations),
-        stability(captured.losses),
+    momentum = [std.momentum for std in standards if std.momentum is not None]
+    global_metrics = [
+        gradient_impact(products, momentum) if momentum else missing,
+        _uncertainty(captured) if "uncertainty" in needs else missing,
+        stability(captured.losses) if "stability" in needs else missing,
     ]
     return Scores(
         ids=captured.ids,
         labels=captured.labels,
-        layer_metrics=torch.stack(by_layer, dim=1).float().cpu(),
-        global_metrics=torch.stack(over_all, dim=1).float().cpu(),
+        layer_metrics=torch.stack([torch.stack(m, 1).float() for m in layer_metrics], 1).cpu(),
+        global_metrics=torch.stack(global_metrics, dim=1).float().cpu(),
         confidence=captured.confidence.float().cpu(),
         codes=codes,
     )
+
+
+def _ask_gradients(
+    captured: Captured,
+    standards: Sequence[LayerStandards],
+    arms: Tensor,
+    needs: Set[str],
+    rewards: ArmRewards,
+) -> tuple[list[Tensor], Tensor]:
+    """Relevance of each layer, and the ``(n, L)`` products with the momentum.
+
+    Everything is asked of one part of the samples before the next, while it is in the cache.
+    """
+    n, device = len(captured), captured.losses.device
+    products = torch.zeros(n, len(standards), device=device)
+    relevances = []
+    for number, (layer, std) in enumerate(zip(captured.gradients, standards, strict=True)):
+        found = torch.zeros(n, device=device)
+        for rows, part in layer.parts():
+            if "relevance" in needs:
+                found[rows] = relevance(part, captured.labels[rows], std.relevance).float()
+            if std.momentum is not None:
+                products[rows, number] = part.dot(std.momentum).float()
+            rewards.add(number, part, arms[rows])
+        relevances.append(found)
+    rewards.close(arms)
+    return relevances, products
+
+
+def _uncertainty(captured: Captured) -> Tensor:
+    representations, predictive = captured.representations, captured.predictive
+    unknown = predictive.isnan()
+    if bool(unknown.any()):
+        # Plain regression does not say how sure it is; the last hidden layer's spread stands in.
+        last_hidden = representations[max(len(representations) - 2, 0)]
+        predictive = torch.where(unknown, spread(last_hidden), predictive)
+    return uncertainty(predictive, representations)

@@ -429,10 +429,33 @@ def test_losses_reach_the_outputs_of_layers():
     torch.testing.assert_close(delta, wanted)
 
 
-def test_works_where_the_caller_has_switched_gradients_off():
-    module = Net(lambda self, b: F.cross_entropy(self.layer(b), LABELS))
+@pytest.mark.parametrize("weight", [1.0, 3.0])
+def test_without_gradients_losses_are_the_same_and_there_is_no_graph(weight):
+    def step(self, batch):
+        logits = self.layer(batch)
+        assert logits.requires_grad == torch.is_grad_enabled() & self.layer.weight.requires_grad
+        return weight * F.cross_entropy(logits, LABELS) + F.mse_loss(logits, torch.ones(N, C))
+
+    module, batch = Net(step), draw(N, D)
+    module.layer.bias.requires_grad_(False)
+    objective = resolve_objective(module)
+    with_graph = objective(module, batch, N)
     with torch.no_grad():
-        assert resolve_objective(module)(module, draw(N, D), N).losses.requires_grad
+        without = objective(module, batch, N)
+    torch.testing.assert_close(without.losses, with_graph.losses.detach())
+    assert torch.equal(without.outputs, with_graph.outputs)
+    assert module.layer.weight.requires_grad
+    assert not module.layer.bias.requires_grad
+
+
+def test_parameters_train_on_after_a_step_that_fails():
+    def step(self, batch):
+        raise ValueError("no")
+
+    module = Net(step)
+    with torch.no_grad(), pytest.raises(ValueError, match="no"):
+        resolve_objective(module)(module, draw(N, D), N)
+    assert all(p.requires_grad for p in module.parameters())
 
 
 # --- many kinds of training step ---------------------------------------------------------------

@@ -1,5 +1,7 @@
 import copy
+import weakref
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,9 +13,12 @@ from lightning.pytorch import LightningModule
 from torch import nn
 from torch.utils.data import Dataset, default_collate
 
+from lightning_dvc.capture.gradients import concatenate
 from lightning_dvc.capture.guard import undisturbed
+from lightning_dvc.capture.layers import find_layers
 from lightning_dvc.capture.objective import resolve_objective
-from lightning_dvc.capture.probe import Probe, join, rows
+from lightning_dvc.capture.probe import Probe, join, layers_that_mix_samples, rows
+from lightning_dvc.capture.projection import plan_projections
 from lightning_dvc.capture.snapshots import Snapshots
 from lightning_dvc.errors import BadSampleError, CaptureError, ObjectiveError
 
@@ -68,10 +73,26 @@ def make_probe(net=None, collate=default_collate, objective=None, **settings):
     return Probe(net, resolve_objective(net, objective), collate, **{"batch_size": 4, **settings})
 
 
-def look(probe, ids=range(SIZE), dataset=None, **settings):
+def batches(probe, ids=range(SIZE), dataset=None, **settings):
     ids = torch.tensor(list(ids), dtype=torch.int64)
     with undisturbed(probe.module):
-        return probe.capture_all(dataset or Samples(), ids, **settings)
+        return list(probe.capture(dataset or Samples(), ids, **settings))
+
+
+def look(probe, ids=range(SIZE), dataset=None, **settings):
+    """All batches joined, their gradients as well."""
+    return with_gradients(batches(probe, ids, dataset, **settings))
+
+
+def with_gradients(parts):
+    layers = zip(*(part.gradients for part in parts), strict=True)
+    return replace(join(parts), gradients=[concatenate(layer) for layer in layers])
+
+
+def look_at_all(probe, ids=range(SIZE), dataset=None, take=None):
+    ids = torch.tensor(list(ids), dtype=torch.int64)
+    with undisturbed(probe.module):
+        return probe.capture_all(dataset or Samples(), ids, take)
 
 
 def loss_of_one(net, x, y):
@@ -143,9 +164,7 @@ def test_every_figure_is_the_samples_own_and_in_order(ids, batch_size):
 
 def test_batches_come_in_order():
     probe = make_probe()
-    ids = torch.tensor([7, 3, 11, 0, 5, 9])
-    with undisturbed(probe.module):
-        parts = list(probe.capture(Samples(), ids))
+    parts = batches(probe, [7, 3, 11, 0, 5, 9])
     assert [part.ids.tolist() for part in parts] == [[7, 3, 11, 0], [5, 9]]
     for part in parts:
         assert_captured(part, probe.module, part.ids.tolist())
@@ -163,6 +182,15 @@ def test_without_gradients():
     probe = make_probe()
     captured = look(probe, gradients=False)
     assert captured.gradients == []
+    assert_same(captured, replace(look(probe), gradients=[]))
+    assert_same(look_at_all(probe), captured)
+
+
+def test_each_batch_is_taken_with_its_gradients_and_all_are_joined_without():
+    probe, taken = make_probe(), []
+    captured = look_at_all(probe, take=taken.append)
+    assert [len(part) for part in taken] == [4, 4, 4]
+    assert_captured(with_gradients(taken), probe.module, range(SIZE))
     assert_same(captured, replace(look(probe), gradients=[]))
 
 
@@ -326,6 +354,41 @@ def test_what_is_not_finite_is_seen_without_gradients(where):
     assert list(reasons(probe)) == [5]
 
 
+class Product(LightningModule):
+    """Its loss is the first feature times a weight that keeps it small, which the norm is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, 2, bias=False, dtype=torch.float64)
+        with torch.no_grad():
+            self.layer.weight.fill_(1e-308)
+
+    def forward(self, x):
+        return self.layer(x)
+
+    def training_step(self, batch, batch_idx=0):
+        return F.l1_loss(self(batch[0])[:, 0], torch.zeros(len(batch[0])))
+
+
+@pytest.mark.parametrize(("first", "kept"), [(1e150, True), (1.2e154, True), (1.5e154, False)])
+def test_a_gradient_is_finite_as_long_as_its_squared_norm_is(first, kept):
+    # With 1.2e154 the squared norm is 1.4e308; what bounds it, eight times as much, overflows.
+    odd = torch.tensor([first, 0, 0, 0], dtype=torch.float64)
+    probe = make_probe(Product())
+    captured = look(probe, dataset=Samples({5: odd}))
+    assert (5 in captured.ids.tolist()) == kept
+    assert len(captured) == SIZE - (not kept)
+    assert list(reasons(probe)) == [5] * (not kept)
+
+
+def test_features_are_finite_even_if_their_sum_is_not():
+    probe = make_probe(Product())
+    captured = look(probe, dataset=Samples({5: 1e308}), gradients=False)
+    assert captured.ids.tolist() == list(range(SIZE))
+    captured = look(probe, dataset=Samples({5: torch.inf}), gradients=False)
+    assert captured.ids.tolist() == [i for i in range(SIZE) if i != 5]
+
+
 def test_loss_that_was_not_finite_in_an_earlier_state():
     net, snapshots = Net(), Snapshots(window=1)
     with torch.no_grad():
@@ -343,9 +406,9 @@ def test_loss_that_was_not_finite_in_an_earlier_state():
 def test_no_usable_sample_is_an_error_with_reasons():
     probe = make_probe()
     with pytest.raises(CaptureError, match=r"none of 3 samples .*torn page; .*poison; .*finite"):
-        look(probe, range(3), Samples({0: OSError("torn page"), 1: POISON, 2: torch.nan}))
+        look_at_all(probe, range(3), Samples({0: OSError("torn page"), 1: POISON, 2: torch.nan}))
     with pytest.raises(CaptureError, match=r"none of 0 samples .*no samples were given"):
-        look(make_probe(), [])
+        look_at_all(make_probe(), [])
 
 
 def test_model_that_always_raises_is_not_taken_for_bad_samples():
@@ -358,7 +421,7 @@ def test_model_that_always_raises_is_not_taken_for_bad_samples():
         look(probe)
     few = make_probe(Broken(), batch_size=32)
     with pytest.raises(CaptureError, match=r"none of 12 samples .*not written yet"):
-        look(few)
+        look_at_all(few)
 
 
 def test_later_bad_samples_are_many_but_the_model_is_sound():
@@ -373,6 +436,116 @@ def test_refusals_of_the_library_are_passed_on():
     with pytest.raises(ObjectiveError, match="one float per sample"):
         look(probe)
     assert probe.bad == []
+
+
+# --- out of memory -----------------------------------------------------------------------------
+
+
+class Hungry(Net):
+    """Runs out of memory on more than so many samples at once.
+
+    Args:
+        most: So many.
+        where: ``"cuda"``, in words; ``"cpu"``, in fact; or ``"backward"``, in words.
+        note: Called with the samples and the hidden features of each pass.
+    """
+
+    def __init__(self, most, where, note=lambda x, hidden: None):
+        super().__init__()
+        self.most, self.where, self.note = most, where, note
+
+    def forward(self, x):
+        hidden = self.body(x)
+        self.note(x, hidden)
+        if len(x) > self.most:
+            if self.where == "cpu":
+                torch.empty(2**60, dtype=torch.uint8)
+            if self.where == "cuda":
+                self.fail()
+            hidden.register_hook(self.fail)
+        if (x == POISON).any():
+            raise ValueError("poison")
+        return self.head(hidden)
+
+    def fail(self, *_):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+@pytest.mark.parametrize("where", ["cuda", "cpu", "backward"])
+@pytest.mark.parametrize(("most", "batch_size"), [(1, 8), (2, 8), (3, 8), (5, 11), (5, 6)])
+def test_batches_are_halved_until_they_fit(where, most, batch_size):
+    sizes = []
+    net = Hungry(most, where, lambda x, hidden: sizes.append(len(x)))
+    probe = make_probe(net, batch_size=batch_size)
+    parts = batches(probe)
+    assert [i for part in parts for i in part.ids.tolist()] == list(range(SIZE))
+    assert_captured(with_gradients(parts), Net(), range(SIZE))
+    assert probe.bad == []
+    failed = [size for size in sizes if size > most]
+    assert failed[0] == batch_size
+    # Each failure halves what is tried at most from then on.
+    assert all(2 * later <= sooner for sooner, later in pairwise(failed))
+    sizes.clear()
+    assert_captured(look(probe), Net(), range(SIZE))
+    assert max(sizes) <= most
+
+
+def test_what_did_not_fit_is_let_go_before_its_halves_are_tried():
+    passes, left_over = [], []
+
+    def note(x, hidden):
+        left_over.extend(1 for n, earlier in passes if n > 2 and earlier() is not None)
+        passes.append((len(x), weakref.ref(hidden)))
+
+    look(make_probe(Hungry(2, "cuda", note), batch_size=8))
+    assert [n for n, _ in passes][:4] == [8, 4, 2, 2]
+    assert left_over == []
+
+
+def test_out_of_memory_among_samples_that_fail():
+    net = Hungry(2, "cuda")
+    probe = make_probe(net, batch_size=8)
+    captured = look(probe, dataset=Samples({1: POISON, 6: OSError("torn"), 7: torch.nan}))
+    assert_captured(captured, Net(), [0, 2, 3, 4, 5, 8, 9, 10, 11])
+    assert sorted(reasons(probe)) == [1, 6, 7]
+
+
+def test_halves_are_collated_anew():
+    # So they are padded to the longest of their own.
+    lengths = [1, 2, 2, 1, 3, 9, 4, 8, 5, 4]
+
+    class HungryReader(Reader):
+        def forward(self, tokens):
+            if tokens.shape[:2].numel() > 8:
+                raise RuntimeError("CUDA out of memory.")
+            return super().forward(tokens)
+
+    probe = make_probe(HungryReader(), collate=pad, batch_size=8)
+    with pytest.raises(CaptureError, match="scoring 1 samples at once"):
+        look(probe, range(len(lengths)), Sentences(lengths))
+    lengths[5] = 8
+    probe = make_probe(HungryReader(), collate=pad, batch_size=8)
+    captured = look(probe, range(len(lengths)), Sentences(lengths))
+    expected = look(make_probe(Reader(), collate=pad), range(len(lengths)), Sentences(lengths))
+    assert captured.ids.tolist() == list(range(len(lengths)))
+    torch.testing.assert_close(captured.losses, expected.losses)
+
+
+@pytest.mark.parametrize(
+    ("most", "settings", "size"), [(0, {}, 1), (3, {"adapts": False}, 4), (0, {"batch_size": 1}, 1)]
+)
+def test_what_cannot_be_made_to_fit_is_an_error_with_a_remedy(most, settings, size):
+    probe = make_probe(Hungry(most, "cuda"), **settings)
+    message = f'scoring {size} samples at once needs more memory.*score_batch_size="auto".*layers='
+    with pytest.raises(CaptureError, match=message) as caught:
+        look(probe)
+    assert "CUDA out of memory" in str(caught.value.__cause__)
+    assert probe.bad == []
+
+
+def test_a_fixed_batch_that_fits_need_not_adapt():
+    probe = make_probe(Hungry(4, "cuda"), adapts=False)
+    assert_captured(look(probe), Net(), range(SIZE))
 
 
 # --- layers ------------------------------------------------------------------------------------
@@ -446,6 +619,124 @@ def test_naming_the_layers_that_every_batch_calls_helps():
     assert len(look(probe, dataset=Samples({0: 7.0}))) == SIZE
 
 
+class Positions(Net):
+    """Adds an embedding of the features' places, the same for all samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.positions = nn.Embedding(WIDTH, 1, dtype=torch.float64)
+
+    def forward(self, x):
+        return super().forward(x + self.positions(torch.arange(WIDTH)).squeeze(1))
+
+
+def test_a_layer_without_an_output_for_each_sample_is_dropped_with_a_warning():
+    probe = make_probe(Positions(), batch_size=5)
+    with pytest.warns(UserWarning, match=r"\['positions'\] do not return one output for each") as w:
+        captured = look(probe)
+    assert sum("positions" in str(entry.message) for entry in w) == 1
+    assert list(probe.captured_layers) == list(probe.forms) == ["body.0", "head"]
+    assert captured.ids.tolist() == list(range(SIZE))
+    x, y = stacked(range(SIZE))
+    net = copy.deepcopy(probe.module).eval()
+    slow = per_sample_gradients(net, ["body.0", "head"], loss_of_one, x, y)
+    for found, expected in zip(captured.gradients, slow, strict=True):
+        assert_gradients(found, expected)
+
+
+@pytest.mark.parametrize("layers", [["positions"], ["head", "positions"]])
+def test_a_named_layer_without_an_output_for_each_sample_is_refused(layers):
+    probe = make_probe(Positions(), batch_size=5, layers=layers)
+    with pytest.raises(CaptureError, match=r"never called the layers \['positions'\] with a batch"):
+        look(probe)
+
+
+def mixed(probe, ids=range(SIZE), dataset=None):
+    ids = list(ids)
+    seen, again = batches(probe, ids, dataset), batches(probe, ids[::-1], dataset)
+    return layers_that_mix_samples(list(probe.captured_layers), seen, again)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 5, 12])
+def test_layers_that_keep_samples_apart_are_not_suspected(batch_size):
+    assert mixed(make_probe(batch_size=batch_size)) == []
+
+
+@pytest.mark.parametrize("batch_size", [2, 4])
+def test_rows_dealt_out_to_the_wrong_samples_are_found(batch_size):
+    # Four places can be dealt out to four samples, and to two.
+    probe = make_probe(Positions(), batch_size=batch_size)
+    assert mixed(probe) == ["positions"]
+
+
+def test_samples_are_compared_where_both_passes_could_use_them():
+    # The gradient of the places is not finite for a whole batch, which is another one each time.
+    probe = make_probe(Positions(), batch_size=4)
+    dataset = Samples({5: torch.nan})
+    assert mixed(probe, range(10), dataset) == ["positions"]
+    assert set(reasons(probe)) == {2, 3, 4, 5, 6, 7}
+    # Two are left of each pass, and none of them in both.
+    assert mixed(probe, range(6), Samples({2: torch.nan})) == []
+
+
+def test_layers_left_out_are_no_longer_captured():
+    probe = make_probe()
+    look(probe)
+    probe.leave_out(["body.0"])
+    for _ in range(2):  # known at once, and the same after the next pass
+        assert list(probe.captured_layers) == list(probe.forms) == ["head"]
+        assert [like.full_shape for like in probe.like] == [(CLASSES, 6)]
+        captured = look(probe)
+    x, y = stacked(range(SIZE))
+    slow = per_sample_gradients(copy.deepcopy(probe.module).eval(), ["head"], loss_of_one, x, y)
+    assert_gradients(captured.gradients[0], slow[0])
+
+
+def test_forms_are_known_after_gradients_were_taken():
+    probe = make_probe()
+    assert probe.forms == {}
+    look(probe, gradients=False)
+    assert probe.forms == {}
+    look(probe, dataset=Samples(dict.fromkeys(range(SIZE - 1), torch.nan)))
+    assert probe.forms == {"body.0": "factors", "head": "factors"}
+    look(probe, gradients=False)
+    assert probe.forms == {"body.0": "factors", "head": "factors"}
+
+
+class Wide(Net):
+    def __init__(self):
+        super().__init__()
+        self.body[0], self.body[1] = nn.Linear(WIDTH, 300), nn.BatchNorm1d(300)
+        self.head = nn.Linear(300, CLASSES)
+        self.double()
+
+
+@pytest.mark.parametrize(
+    ("exact_numbers", "forms"),
+    [
+        (2409, {"body.0": "factors", "head": "factors"}),  # 300 * 5, 3 * 301 and the unused 2 * 3
+        (2408, {"body.0": "projected", "head": "factors"}),
+        (909, {"body.0": "projected", "head": "factors"}),
+        (0, {"body.0": "projected", "head": "projected"}),
+    ],
+)
+def test_layers_beyond_the_exact_numbers_are_projected(exact_numbers, forms):
+    net = Wide()
+    probe = make_probe(net, exact_numbers=exact_numbers)
+    captured, exact = look(probe), look(make_probe(net))
+    assert probe.forms == forms
+    assert_same(replace(captured, gradients=[]), replace(exact, gradients=[]))
+    projections = plan_projections(find_layers(net), 0)
+    for number, (name, form) in enumerate(forms.items()):
+        expected = exact.gradients[number]
+        if form == "projected":
+            expected = projections[name](expected)
+            assert max(expected.full_shape) == 256
+        torch.testing.assert_close(
+            captured.gradients[number].formed().gradients, expected.formed().gradients
+        )
+
+
 # --- batches of different lengths --------------------------------------------------------------
 
 
@@ -505,9 +796,9 @@ def test_rows_and_join(mask, cut):
     keep = torch.tensor(mask)
     assert_captured(rows(whole, keep), net, [i for i in range(SIZE) if mask[i]])
     first = torch.arange(SIZE) < cut
-    assert_captured(
-        join([rows(whole, ~first), rows(whole, first)]), net, [*range(cut, SIZE), *range(cut)]
-    )
+    parts = [rows(whole, ~first), rows(whole, first)]
+    assert_captured(with_gradients(parts), net, [*range(cut, SIZE), *range(cut)])
+    assert join(parts).gradients == []
 
 
 def test_join_without_gradients():

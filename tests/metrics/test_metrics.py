@@ -9,35 +9,40 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_dvc.capture.gradients import Materialised, OuterProducts
+from lightning_dvc.capture.convolution import Convolved
+from lightning_dvc.capture.gradients import Materialised, OuterProducts, Scattered
 from lightning_dvc.capture.layers import LayerCapture, find_layers
-from lightning_dvc.memory.lsh import ExactDensity
+from lightning_dvc.memory.density import ExactDensity
 from lightning_dvc.metrics.diversity import diversity
 from lightning_dvc.metrics.gradient_impact import gradient_impact
 from lightning_dvc.metrics.quality import activation_score, quality
-from lightning_dvc.metrics.relevance import relevance, relevance_reference
+from lightning_dvc.metrics.relevance import ReferenceGradients, relevance
 from lightning_dvc.metrics.stability import stability
 from lightning_dvc.metrics.uncertainty import activation_entropy, spread, uncertainty
 from lightning_dvc.metrics.value import dvc_value, rank_normalise
 
 CLASSES = 3
-LAYERS = ["conv", "mix", "head"]
+LAYERS = ["words", "conv", "mix", "head"]
+NUMBERS = range(len(LAYERS))
 FINITE = st.floats(-1e3, 1e3, allow_subnormal=False)
 
 
 class Net(nn.Module):
-    """Layers whose gradients are kept in the three ways: formed, tokens, vectors without bias."""
+    """Gradients kept in every way: scattered, of a convolution, of several positions and of one."""
 
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
+        self.words = nn.Embedding(7, 5)
+        self.words.bias = None  # the oracle asks for it
         self.conv, self.mix = nn.Conv2d(1, 2, 3), nn.Linear(9, 6)
         self.head = nn.Linear(6, CLASSES, bias=False)
         self.double()
 
     def forward(self, x):
-        maps = self.conv(x).tanh()
-        return self.head(self.mix(maps.flatten(2)).mean(1).relu())
+        words = self.words((x[:, 0, 0] * 3).long().abs() % 7)
+        maps = self.conv(x + words[:, None]).tanh()
+        return self.head(self.mix(maps.flatten(2)).mean(1).tanh())
 
 
 def normal(*shape, seed=0):
@@ -55,7 +60,7 @@ def seen(n, seed):
         logits = net(x)
         losses = F.cross_entropy(logits, labels, reduction="none")
     gradients = recorder.gradients(losses)
-    assert [type(g) for g in gradients] == [Materialised, OuterProducts, OuterProducts]
+    assert [type(g) for g in gradients] == [Scattered, Convolved, OuterProducts, OuterProducts]
     return SimpleNamespace(
         gradients=gradients,
         full=oracles.per_sample_gradients(
@@ -66,6 +71,18 @@ def seen(n, seed):
         losses=losses.detach(),
         labels=labels,
     )
+
+
+def taken_in(gradients, labels, batch_size=4):
+    """A reference in batches."""
+    reference, labels = ReferenceGradients(), torch.as_tensor(labels)
+    for batch in torch.arange(len(labels)).split(batch_size):
+        reference.add(gradients.rows(batch), labels[batch])
+    return reference.means()
+
+
+def products(gradients, momentum):
+    return torch.stack([g.dot(m) for g, m in zip(gradients, momentum, strict=True)], dim=1)
 
 
 def rows(tensors, i):
@@ -88,7 +105,7 @@ def vectors(min_size=1, max_size=6):
 # --- equation 7 --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layer", range(3))
+@pytest.mark.parametrize("layer", NUMBERS)
 def test_quality_of_captured_representations(layer):
     h, reference = seen(10, 1).hidden[layer], seen(9, 2).hidden[layer]
     middle, mad = oracles.median_and_mad([oracles.norm(x) for x in reference])
@@ -122,15 +139,14 @@ LABELS = st.lists(st.integers(-1, CLASSES - 1), min_size=1, max_size=9)
 
 
 @settings(deadline=None, max_examples=60)
-@given(layer=st.integers(0, 2), reference=LABELS, data=st.data())
+@given(layer=st.sampled_from(NUMBERS), reference=LABELS, data=st.data())
 def test_relevance_of_captured_gradients(layer, reference, data):
     # Labels up to 4: classes that the reference set does not know, or knows too little.
     labels = data.draw(st.lists(st.integers(-1, 4), min_size=6, max_size=6))
     ours, theirs = seen(6, 1), seen(9, 2)
     m = len(reference)
-    prepared = relevance_reference(
-        theirs.gradients[layer].rows(torch.arange(m)), torch.tensor(reference)
-    )
+    batch_size = data.draw(st.integers(1, 9))
+    prepared = taken_in(theirs.gradients[layer].rows(torch.arange(m)), reference, batch_size)
     found = relevance(ours.gradients[layer], torch.tensor(labels), prepared)
     near(
         found,
@@ -142,23 +158,23 @@ def test_relevance_of_captured_gradients(layer, reference, data):
     assert (found.abs() <= 1).all()
 
 
-@pytest.mark.parametrize("layer", range(3))
+@pytest.mark.parametrize("layer", NUMBERS)
 def test_relevance_against_the_own_class_and_against_all_differ(layer):
     ours, theirs = seen(6, 1), seen(9, 2)
-    by_class = relevance_reference(theirs.gradients[layer], theirs.labels)
-    overall = relevance_reference(theirs.gradients[layer], torch.full((9,), -1))
+    by_class = taken_in(theirs.gradients[layer], theirs.labels)
+    overall = taken_in(theirs.gradients[layer], torch.full((9,), -1))
     found = [relevance(ours.gradients[layer], ours.labels, r) for r in (by_class, overall)]
     assert (found[0] - found[1]).abs().min() > 1e-3
 
 
-@pytest.mark.parametrize("layer", range(3))
+@pytest.mark.parametrize("layer", NUMBERS)
 def test_two_reference_samples_are_too_few_and_three_are_enough(layer):
     ours, theirs = seen(6, 1), seen(9, 2)
     labels = torch.zeros(6, dtype=torch.int64)
     for others, wanted in ((2, theirs.full[layer][:5]), (3, theirs.full[layer][:3])):
         at = torch.tensor([0] * others + [1] * (5 - others))
         few = theirs.gradients[layer].rows(torch.arange(5))
-        found = relevance(ours.gradients[layer], labels, relevance_reference(few, at))
+        found = relevance(ours.gradients[layer], labels, taken_in(few, at))
         target = oracles.mean(list(wanted))
         near(
             found,
@@ -175,23 +191,23 @@ def integer_gradients(rows):
 
 def test_relevance_is_zero_where_a_gradient_vanishes():
     g = integer_gradients([[0, 0], [1, 2]])
-    one = relevance_reference(integer_gradients([[1, 2]]), torch.tensor([0]))
+    one = taken_in(integer_gradients([[1, 2]]), torch.tensor([0]))
     near(relevance(g, torch.tensor([0, 0]), one), [0.0, 1.0])
     # Class 0 cancels out, class 1 does not.
     apart = integer_gradients([[1, 2], [-1, -2], [1, 2], [-1, -2], *[[2, 4]] * 3])
-    both = relevance_reference(apart, torch.tensor([0, 0, 0, 0, 1, 1, 1]))
+    both = taken_in(apart, torch.tensor([0, 0, 0, 0, 1, 1, 1]))
     assert relevance(g, torch.tensor([0, 0]), both).tolist() == [0, 0]
     near(relevance(g, torch.tensor([1, 1]), both), [0.0, 1.0])
     silent = OuterProducts(normal(4, 2, 3), torch.zeros(4, 2, 5, dtype=torch.float64), True)
     labels = torch.tensor([0, 0, 0, 1])
-    assert not relevance(silent, labels, relevance_reference(silent, labels)).any()
+    assert not relevance(silent, labels, taken_in(silent, labels)).any()
 
 
 def test_relevance_of_a_single_sample_to_itself():
     for g in seen(6, 1).gradients:
         one = g.rows(torch.tensor([4]))
         for label in (-1, 0):
-            reference = relevance_reference(one, torch.tensor([label]))
+            reference = taken_in(one, torch.tensor([label]))
             near(relevance(one, torch.tensor([label]), reference), [1.0])
 
 
@@ -201,7 +217,7 @@ def test_relevance_does_not_depend_on_the_size_of_the_loss(ours, theirs):
     a, b = seen(6, 1), seen(9, 2)
     for layer, (g, r) in enumerate(zip(a.gradients, b.gradients, strict=True)):
         scaled = [scale(g, 10.0**ours), scale(r, 10.0**theirs)]
-        found = relevance(scaled[0], a.labels, relevance_reference(scaled[1], b.labels))
+        found = relevance(scaled[0], a.labels, taken_in(scaled[1], b.labels))
         near(
             found,
             [
@@ -212,15 +228,81 @@ def test_relevance_does_not_depend_on_the_size_of_the_loss(ours, theirs):
 
 
 def scale(g, factor):
-    if isinstance(g, Materialised):
+    if isinstance(g, Convolved):
+        g = g.formed()
         return Materialised(g.gradients * factor)
+    if isinstance(g, Scattered):
+        return Scattered(g.tokens, g.deltas * factor, g.n_tokens)
     return OuterProducts(g.inputs, g.deltas * factor, g.bias)
+
+
+@st.composite
+def two_sets(draw):
+    """Reference and other gradients of one layer with one position, and their labels.
+
+    Sides are such that forming a class's mean pays for some classes and not for others.
+    """
+    d_out, d_in, bias = draw(st.integers(1, 9)), draw(st.integers(1, 9)), draw(st.booleans())
+    m, n, seed = draw(st.integers(1, 12)), draw(st.integers(1, 6)), draw(st.integers(0, 999))
+    sets = []
+    for size, at, highest in ((m, seed, 2), (n, seed + 1000, 4)):
+        inputs, deltas = normal(size, 1, d_in, seed=at), normal(size, 1, d_out, seed=at + 5000)
+        # Common to each side, so that a mean is not noise.
+        inputs, deltas = inputs + 1, deltas * draw(st.sampled_from([1.0, 1e-12, 1e12]))
+        label = st.sampled_from([-1, 0, 0, 0, *range(highest + 1)])
+        labels = draw(st.lists(label, min_size=size, max_size=size))
+        sets.append((OuterProducts(inputs, deltas, bias), torch.tensor(labels)))
+    return sets
+
+
+@settings(deadline=None, max_examples=80)
+@given(two_sets(), st.integers(1, 12))
+def test_relevance_by_inner_products_is_that_of_formed_means(sets, batch_size):
+    (reference, at), (gradients, labels) = sets
+    kept = taken_in(reference, at, batch_size)
+    formed = taken_in(reference.formed(), at, batch_size)
+    found = relevance(gradients, labels, kept)
+    full = [g.formed().gradients for g in (reference, gradients)]
+    slow = [
+        oracles.relevance(g, int(label), full[0], at.tolist())
+        for g, label in zip(full[1], labels, strict=True)
+    ]
+    near(found, slow)
+    near(relevance(gradients.formed(), labels, formed), slow)
+    assert kept.column.tolist() == formed.column.tolist()
+    size = full[0][0].numel()
+    longest = max(oracles.norm(g) for g in full[0])
+    torch.testing.assert_close(
+        kept.overall, oracles.mean(list(full[0])), rtol=0, atol=1e-10 * longest
+    )
+    # The mean over all is formed in any case; others only where that is cheaper.
+    for label in range(3):
+        count, cost = int((at == label).sum()), sum(reference.full_shape)
+        if count >= 3:
+            mean = kept.means[kept.column[label]]
+            assert hasattr(mean, "full") == (count * cost >= size)
+
+
+@pytest.mark.parametrize("order", [[1, 3, 1], [1, 1, 3], [3, 1, 1]])
+def test_a_reference_whose_batches_differ_in_positions(order):
+    parts = [
+        OuterProducts(normal(4, positions, 6, seed=i), normal(4, positions, 5, seed=9 + i), True)
+        for i, positions in enumerate(order)
+    ]
+    labels = torch.tensor([0, 1, -1, 0])
+    reference = ReferenceGradients()
+    for part in parts:
+        reference.add(part, labels)
+    found = relevance(parts[0], labels, reference.means())
+    full = torch.cat([part.formed().gradients for part in parts])
+    at = labels.repeat(3).tolist()
+    near(found, [oracles.relevance(full[i], int(y), full, at) for i, y in enumerate(labels)])
 
 
 # --- equation 9 --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layer", range(3))
+@pytest.mark.parametrize("layer", NUMBERS)
 @pytest.mark.parametrize("bandwidth_squared", [0.05, 1.0, 30.0])
 def test_diversity_of_captured_representations(layer, bandwidth_squared):
     h, selected = seen(10, 1).hidden[layer], seen(30, 2).hidden[layer]
@@ -261,16 +343,16 @@ def momenta(full, seed):
 def test_gradient_impact_of_captured_gradients(seed, size):
     batch = seen(6, 1)
     momentum = [size * m for m in momenta(batch.full, seed)]
-    found = gradient_impact(batch.gradients, momentum)
+    found = gradient_impact(products(batch.gradients, momentum), momentum)
     near(found, [oracles.gradient_impact(rows(batch.full, i), momentum) for i in range(6)])
 
 
 def test_gradient_impact_of_the_mean_training_gradient():
     batch, training = seen(6, 1), seen(9, 2)
     momentum = [oracles.mean(list(layer)) for layer in training.full]
-    captured = [g.mixture(torch.full((9,), 1 / 9, dtype=torch.float64)) for g in training.gradients]
+    captured = [taken_in(g, torch.full((9,), -1)).overall for g in training.gradients]
     expected = [oracles.gradient_impact(rows(batch.full, i), momentum) for i in range(6)]
-    near(gradient_impact(batch.gradients, captured), expected)
+    near(gradient_impact(products(batch.gradients, captured), captured), expected)
     assert min(expected) < 0 < max(expected)
 
 
@@ -279,25 +361,20 @@ def test_gradient_impact_along_the_own_gradient_is_its_length():
     for i in range(6):
         own = rows(batch.full, i)
         length = sum(oracles.inner(g, g) for g in own) ** 0.5
-        near(gradient_impact(batch.gradients, own)[i : i + 1], [length])
+        near(gradient_impact(products(batch.gradients, own), own)[i : i + 1], [length])
 
 
 def test_gradient_impact_is_zero_while_there_is_no_momentum():
     batch = seen(6, 1)
     nothing = [torch.zeros_like(layer[0]) for layer in batch.full]
-    assert gradient_impact(batch.gradients, nothing).tolist() == [0] * 6
+    # Infinite products, to see that they are not asked.
+    assert gradient_impact(torch.full((6, 4), torch.inf), nothing).tolist() == [0] * 6
     # One layer with momentum is enough.
-    some = [*nothing[:2], torch.ones_like(nothing[2])]
+    some = [*nothing[:3], torch.ones_like(nothing[3])]
     expected = [oracles.gradient_impact(rows(batch.full, i), some) for i in range(6)]
-    near(gradient_impact(batch.gradients, some), expected)
-    silent = [scale(g, 0.0) for g in batch.gradients]
+    near(gradient_impact(products(batch.gradients, some), some), expected)
+    silent = torch.zeros(6, 4)
     assert gradient_impact(silent, momenta(batch.full, 0)).tolist() == [0] * 6
-
-
-def test_gradient_impact_needs_a_momentum_for_every_layer():
-    batch = seen(6, 1)
-    with pytest.raises(ValueError, match="shorter"):
-        gradient_impact(batch.gradients, momenta(batch.full, 0)[:2])
 
 
 # --- equation 12 -------------------------------------------------------------------------------
@@ -461,9 +538,9 @@ def test_weights_may_be_single_precision():
 
 
 def test_six_metrics_of_a_captured_batch_make_its_value():
-    n, layers = 12, range(3)
+    n, layers = 12, NUMBERS
     ours, reference, selected = seen(n, 1), seen(9, 2), seen(30, 3)
-    w, alpha = [0.1, 0.3, 0.05, 0.15, 0.25, 0.15], [0.2, 0.5, 0.3]
+    w, alpha = [0.1, 0.3, 0.05, 0.15, 0.25, 0.15], [0.15, 0.05, 0.5, 0.3]
     windows = ours.losses[:, None] + normal(n, 4, seed=5).abs()
     momentum = momenta(ours.full, 7)
     predictive = [oracles.predictive_entropy(z) for z in ours.logits]
@@ -478,7 +555,7 @@ def test_six_metrics_of_a_captured_batch_make_its_value():
                 relevance(
                     ours.gradients[x],
                     ours.labels,
-                    relevance_reference(reference.gradients[x], reference.labels),
+                    taken_in(reference.gradients[x], reference.labels),
                 ),
                 diversity(ours.hidden[x], ExactDensity(selected.hidden[x], 0.5)),
             ],
@@ -487,7 +564,7 @@ def test_six_metrics_of_a_captured_batch_make_its_value():
         for x in layers
     ]
     whole = [
-        gradient_impact(ours.gradients, momentum),
+        gradient_impact(products(ours.gradients, momentum), momentum),
         uncertainty(torch.tensor(predictive, dtype=torch.float64), ours.hidden),
         stability(windows),
     ]

@@ -13,6 +13,7 @@ from lightning_dvc.capture.objective import resolve_objective
 from lightning_dvc.capture.probe import Probe
 from lightning_dvc.errors import ConfigurationError
 from lightning_dvc.pools import SELECTED, TAKEN_BACK, Pools
+from lightning_dvc.records import METRICS
 from lightning_dvc.strategies.base import Round
 
 BUDGET, ROUNDS = 60, 6
@@ -21,12 +22,14 @@ BUDGET, ROUNDS = 60, 6
 class Run:
     """Rounds of one strategy on one net that does a little training in between."""
 
-    def __init__(self, strategy, sources=None, reference=True, budget=BUDGET, oversample=4.0):
+    def __init__(
+        self, strategy, sources=None, reference=True, budget=BUDGET, oversample=4.0, steps=10
+    ):
         sources = sources or {"good": good(), "wrong": wrong(), "repeated": repeated()}
         self.strategy, self.pools, self.net = strategy, Pools(sources), Net()
         self.probe = Probe(self.net, resolve_objective(self.net), default_collate, batch_size=32)
         self.reference = good(60, seed=50) if reference else None
-        self.budget, self.oversample = budget, oversample
+        self.budget, self.oversample, self.steps = budget, oversample, steps
         arms = range(len(self.pools.names))
         self.selected = torch.cat([self.pools.draw(arm, 2, "warm-up") for arm in arms])
         self.pools.mark(self.selected, SELECTED)
@@ -60,10 +63,10 @@ class Run:
         self.pools.mark(choice.add, SELECTED)
         assert len(self.selected) <= self.budget
 
-    def train(self, steps=10):
+    def train(self):
         x, y = default_collate([self.pools.dataset[i] for i in self.selected.tolist()])
         optimizer = self.net.configure_optimizers()
-        for _ in range(steps):
+        for _ in range(self.steps):
             optimizer.zero_grad()
             self.net.training_step((x, y), 0).backward()
             optimizer.step()
@@ -182,6 +185,7 @@ def test_random_draws_in_proportion_to_the_stock():
     "make",
     [
         DVC,
+        lambda: DVC(FixedWeights(), drift_tolerance=10.0),
         lambda: DVC(BayesianWeights(initial=2)),
         lambda: DVC(cache_dtype=torch.float16, drift_tolerance=10.0),
         lambda: DVC(density="lsh", stability_window=1, layer_weights=[1, 3]),
@@ -221,6 +225,63 @@ def test_candidates_drawn_again_come_from_the_cache():
     blind = Run(DVC(drift_tolerance=0.0), {"good": good(60)}, budget=40)
     blind.all()
     assert blind.strategy.state_dict()["observer"]["cache"]["hits"] == 0
+
+
+def cache_of(run):
+    return run.strategy.state_dict()["observer"]["cache"]
+
+
+def test_the_cache_is_written_only_while_the_model_stays_about_where_it_is():
+    quick = Run(DVC(), {"good": good(60)}, budget=40)
+    quick.all()
+    assert len(cache_of(quick)["ids"]) == cache_of(quick)["hits"] == 0
+    still = Run(DVC(), {"good": good(60)}, budget=40, steps=0)
+    still.round()
+    assert len(cache_of(still)["ids"]) == 0  # nothing is known yet of how fast it moves
+    still.round()
+    written = len(cache_of(still)["ids"])
+    assert written > 0
+    assert cache_of(still)["hits"] == 0
+    still.round()
+    assert cache_of(still)["hits"] > 0
+    # Once it moves again, what was kept is dropped and nothing new is kept.
+    still.steps = 10
+    still.train()
+    still.round()
+    assert len(cache_of(still)["ids"]) == 0
+
+
+@pytest.mark.parametrize("weights", [None, FixedWeights()])
+def test_what_is_recalled_is_chosen_like_what_is_looked_at(weights):
+    # A model that stands still shows the same, recalled or not.
+    runs = [
+        Run(DVC(weights, cache_bytes=size), {"good": good(60), "wrong": wrong(60)}, steps=0)
+        for size in (0, 2**26)
+    ]
+    for _ in range(5):
+        blind, recalling = (run.round() for run in runs)
+        assert torch.equal(blind.add, recalling.add)
+        torch.testing.assert_close(blind.raw, recalling.raw, equal_nan=True)
+    assert cache_of(runs[1])["hits"] > 0
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_one_metric_is_measured_as_beside_all_others(metric):
+    sources = {"good": good(), "wrong": wrong()}
+    one = Run(DVC(FixedWeights({metric: 1})), sources).round()
+    six = Run(DVC(FixedWeights()), sources).round()
+    number = METRICS.index(metric)
+    assert one.raw.isnan().all(0).tolist() == [at != number for at in range(len(METRICS))]
+    assert six.raw.isfinite().all()
+    _, mine, theirs = intersect(one.add, six.add)
+    assert len(mine) > 0
+    torch.testing.assert_close(one.raw[mine, number], six.raw[theirs, number])
+
+
+def intersect(left, right):
+    """Numbers that are in both, and where."""
+    mine, theirs = (left[:, None] == right).nonzero(as_tuple=True)
+    return left[mine], mine, theirs
 
 
 def test_hashed_density_ranks_about_as_the_exact_one():

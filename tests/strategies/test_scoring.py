@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
 
@@ -21,8 +22,9 @@ from lightning_dvc.capture.objective import resolve_objective
 from lightning_dvc.capture.probe import Probe
 from lightning_dvc.capture.snapshots import Snapshots
 from lightning_dvc.distributed import Group
-from lightning_dvc.memory.lsh import ExactDensity
-from lightning_dvc.metrics.relevance import relevance_reference
+from lightning_dvc.memory.density import ExactDensity
+from lightning_dvc.metrics.relevance import ReferenceGradients
+from lightning_dvc.records import METRICS
 from lightning_dvc.strategies.rewards import ArmRewards
 from lightning_dvc.strategies.scoring import LayerStandards, Scores, join_scores, score
 
@@ -105,13 +107,13 @@ def states(kind):
     return [net, moved(net, 1), moved(net, 2)]
 
 
-def capture(kind, ids, batch_size=8):
+def capture(kind, ids, batch_size=8, **settings):
     """Batches through a new probe."""
     net, *earlier = states(kind)
     snapshots = Snapshots(len(earlier))
     for older in reversed(earlier):
         snapshots.push(older)
-    probe = Probe(net, resolve_objective(net), default_collate, batch_size=batch_size)
+    probe = Probe(net, resolve_objective(net), default_collate, batch_size=batch_size, **settings)
     with undisturbed(net):
         parts = list(probe.capture(Samples(), torch.tensor(ids, dtype=torch.int64), snapshots))
     assert probe.bad == []
@@ -201,11 +203,11 @@ def expected(kind, i):
 
 @cache
 def standards(kind):
-    reference, selected = capture_all(kind, REFERENCE), capture_all(kind, SELECTED)
+    selected = capture_all(kind, SELECTED)
     return [
         LayerStandards(
             *norms(kind, layer),
-            relevance_reference(reference.gradients[layer], reference.labels),
+            means(capture(kind, REFERENCE, batch_size=4), layer),
             ExactDensity(selected.representations[layer], BANDWIDTHS_SQUARED[layer]),
             momentum(kind)[layer],
         )
@@ -213,14 +215,27 @@ def standards(kind):
     ]
 
 
+def means(parts, layer):
+    reference = ReferenceGradients()
+    for part in parts:
+        reference.add(part.gradients[layer], part.labels)
+    return reference.means()
+
+
 def codes_of(ids):
     return torch.as_tensor(ids)[:, None] * 100 + torch.arange(16)
 
 
-def scored(kind, ids, batch_size=8):
-    return [
-        score(part, standards(kind), codes_of(part.ids)) for part in capture(kind, ids, batch_size)
-    ]
+def measured(part, standards, needs=METRICS, rewards=None, arm_of=None):
+    """Scores of a batch, all of one source where nothing else is said."""
+    arms = torch.tensor([(arm_of or {}).get(i, 0) for i in part.ids.tolist()])
+    rewards = rewards or ArmRewards(ARMS, [std.relevance.overall for std in standards])
+    codes = codes_of(part.ids)
+    return score(part, standards, codes, arms, needs=frozenset(needs), rewards=rewards)
+
+
+def scored(kind, ids, batch_size=8, needs=METRICS):
+    return [measured(part, standards(kind), needs) for part in capture(kind, ids, batch_size)]
 
 
 def close(found, expected):
@@ -295,12 +310,102 @@ def test_labels_that_the_reference_lacks_are_measured_against_all_of_it():
 def test_standards_for_another_number_of_layers_are_refused():
     (part,) = capture("classes", [1, 2])
     with pytest.raises(ValueError, match="shorter"):
-        score(part, standards("classes")[:3], codes_of([1, 2]))
+        measured(part, standards("classes")[:3])
 
 
 def test_scores_keep_no_graph():
     (found,) = scored("classes", [1, 2])
     assert not any(getattr(found, name).requires_grad for name in FIELDS)
+
+
+def without(standards, needs):
+    """What a round prepares that does not need some of the metrics."""
+    return [
+        replace(
+            std,
+            selected=std.selected if "diversity" in needs else None,
+            momentum=std.momentum if "gradient_impact" in needs else None,
+        )
+        for std in standards
+    ]
+
+
+def columns(scores):
+    """Each metric by name, in every layer where it has one for each."""
+    in_layers = dict(zip(METRICS[:3], scores.layer_metrics.unbind(2), strict=True))
+    return {**in_layers, **dict(zip(METRICS[3:], scores.global_metrics.unbind(1), strict=True))}
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    needs=st.sets(st.sampled_from(METRICS), min_size=1),
+    w=st.lists(st.floats(0.01, 1), min_size=6, max_size=6),
+    kind=st.sampled_from(KINDS),
+)
+def test_metrics_that_are_not_needed_are_not_a_number_and_change_no_value(needs, w, kind):
+    prepared, parts = without(standards(kind), needs), capture(kind, CANDIDATES)
+    found = join_scores([measured(part, prepared, needs) for part in parts])
+    full = join_scores(scored(kind, CANDIDATES))
+    for name, column in columns(found).items():
+        if name in needs:
+            assert torch.equal(column, columns(full)[name]), name
+        else:
+            assert column.isnan().all(), name
+    for name in ("ids", "labels", "confidence", "codes"):
+        assert torch.equal(getattr(found, name), getattr(full, name))
+    raw_is_known = found.raw().isfinite().all(0).tolist()
+    assert raw_is_known == [name in needs for name in METRICS]
+    weights = torch.tensor(
+        [x if name in needs else 0.0 for name, x in zip(METRICS, w, strict=True)]
+    )
+    weights, alpha = weights / weights.sum(), torch.tensor([0.1, 0.2, 0.3, 0.4])
+    assert torch.equal(found.values(weights, alpha), full.values(weights, alpha))
+
+
+def test_rewards_need_no_metric():
+    reference, ids = mean_gradient("classes", REFERENCE), list(ARM_OF)
+    rewards = ArmRewards(ARMS, reference)
+    for part in capture("classes", ids, batch_size=3):
+        measured(part, without(standards("classes"), ()), (), rewards, ARM_OF)
+    found = rewards.rewards(Group())
+    assert_rewards(found, slow_rewards("classes", ids, ARM_OF.values(), reference))
+
+
+def test_projected_layers_score_finitely_and_about_the_same():
+    net = Wide("classes")
+    parts = []
+    for exact_numbers in (2**23, 0):
+        probe = Probe(net, resolve_objective(net), default_collate, exact_numbers=exact_numbers)
+        with undisturbed(net):
+            (whole,) = probe.capture(Samples(), torch.arange(60))
+        parts.append(whole)
+    assert [probe.forms[name] for name in ("body", "head")] == ["projected", "projected"]
+    found = []
+    for whole in parts:
+        prepared = [
+            LayerStandards(1.0, 0.5, mean, ExactDensity(h, 0.5), mean.overall)
+            for h, mean in zip(
+                whole.representations, [means([whole], k) for k in range(4)], strict=True
+            )
+        ]
+        found.append(measured(whole, prepared))
+    exact, projected = found
+    assert projected.layer_metrics.isfinite().all()
+    assert projected.global_metrics.isfinite().all()
+    for layer, bound in enumerate([1e-6, 1e-6, 0.25, 0.25]):
+        error = (projected.layer_metrics - exact.layer_metrics)[:, layer, 1].abs().max()
+        assert error < bound
+    assert (projected.layer_metrics - exact.layer_metrics)[:, 2, 1].abs().max() > 1e-4
+    for name in ("quality", "diversity", "uncertainty", "stability"):
+        torch.testing.assert_close(columns(projected)[name], columns(exact)[name])
+
+
+class Wide(Net):
+    def __init__(self, kind):
+        super().__init__(kind)
+        self.body = nn.Linear(8, 400)
+        self.head = nn.Linear(400, CLASSES, bias=False)
+        self.double()
 
 
 # --- scores as a record ------------------------------------------------------------------------
@@ -413,7 +518,7 @@ def slow_rewards(kind, ids, arms, reference):
 def rewards_of(kind, ids, arms, reference, batch_size=8):
     rewards, arm_of = ArmRewards(ARMS, reference), dict(zip(ids, arms, strict=True))
     for part in capture(kind, ids, batch_size):
-        rewards.add(part, torch.tensor([arm_of[i] for i in part.ids.tolist()]))
+        measured(part, standards(kind), (), rewards, arm_of)
     return rewards.rewards(Group())
 
 
@@ -492,8 +597,7 @@ def _work(rank, port, queue):
     rewards = ArmRewards(ARMS, mean_gradient("classes", REFERENCE))
     parts = [Scores.empty(len(LAYERS), STATES)]
     for part in capture("classes", SHARES[rank], batch_size=3):
-        rewards.add(part, torch.tensor([ARM_OF[i] for i in part.ids.tolist()]))
-        parts.append(score(part, standards("classes"), codes_of(part.ids)))
+        parts.append(measured(part, standards("classes"), METRICS, rewards, ARM_OF))
     gathered = join_scores(parts).gather(group, torch.device("cpu"))
     fields = {name: getattr(gathered, name).tolist() for name in FIELDS}
     queue.put((fields, rewards.rewards(group).tolist()))

@@ -1,0 +1,1 @@
+"""What selection costs, as ratios measured in one run: ``make bench``."""

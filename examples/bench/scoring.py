@@ -1,0 +1,157 @@
+"""Scoring a batch of candidates beside a training step on the same batch."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.utils.data import TensorDataset, default_collate
+
+from examples.bench.measure import Figure, medians
+from examples.bench.models import CASES, Case, Model
+from lightning_dvc.capture.cached import CachedProbe
+from lightning_dvc.capture.guard import undisturbed
+from lightning_dvc.capture.loading import LoadedBatch
+from lightning_dvc.capture.objective import resolve_objective
+from lightning_dvc.capture.probe import Captured, Probe
+from lightning_dvc.capture.snapshots import Snapshots
+from lightning_dvc.memory.density import ExactDensity, median_bandwidth_squared
+from lightning_dvc.memory.gradient_cache import GradientCache
+from lightning_dvc.memory.near_duplicates import NearDuplicates
+from lightning_dvc.metrics.relevance import ReferenceGradients
+from lightning_dvc.policy.weights import FixedWeights
+from lightning_dvc.records import METRICS
+from lightning_dvc.strategies.dvc import DEFAULT_WEIGHTS
+from lightning_dvc.strategies.observer import DENSITY_SIZE
+from lightning_dvc.strategies.rewards import ArmRewards
+from lightning_dvc.strategies.scoring import LayerStandards, Scores, score
+
+_N_REFERENCE = 1000
+_N_SNAPSHOTS = 3
+_TARGETS = {"mlp": 1.0, "cnn": 1.3, "transformer": 1.5}
+
+
+class Bench:
+    """A model between two rounds: the standards of one, and a batch of candidates.
+
+    Args:
+        case: The model and its samples.
+    """
+
+    def __init__(self, case: Case) -> None:
+        torch.manual_seed(0)
+        self.module = Model(case.make())
+        self.x, self.y = case.samples(case.batch_size, seed=0)
+        self.dataset = TensorDataset(self.x, self.y)
+        self.ids = torch.arange(len(self.y))
+        samples = [self.dataset[i] for i in range(len(self.y))]
+        self.loaded = LoadedBatch(self.ids, samples, [self.x, self.y], [])
+        objective = resolve_objective(self.module)
+        self.probe = Probe(self.module, objective, default_collate, batch_size=case.batch_size)
+        self.snapshots = Snapshots(_N_SNAPSHOTS)
+        for _ in range(_N_SNAPSHOTS):
+            self.snapshots.push(self.module)
+        self._optimizer = torch.optim.Adam(self.module.parameters())
+        self._near = NearDuplicates(max_angle=0.1, seed=0)
+        with undisturbed(self.module):
+            self.standards = self._standards(case)
+
+    def step(self) -> None:
+        """Forward, backward, Adam."""
+        self._optimizer.zero_grad()
+        torch.autograd.backward(self.module.training_step((self.x, self.y), 0))
+        self._optimizer.step()
+
+    def score(self, needs: frozenset[str], snapshots: Snapshots | None = None) -> list[Scores]:
+        """Everything that is done with a batch of candidates, once it is loaded."""
+        with undisturbed(self.module):
+            return [self.measure(c, needs) for c in self.probe.look(self.loaded, snapshots)]
+
+    def measure(self, captured: Captured, needs: frozenset[str]) -> Scores:
+        """What comes after the pass through the model."""
+        standards = self.standards
+        if "gradient_impact" not in needs:
+            standards = [replace(std, momentum=None) for std in standards]
+        rewards = ArmRewards(1, [std.relevance.overall for std in self.standards])
+        arms = torch.zeros_like(captured.ids)
+        codes = self._near.codes(captured.fingerprints)
+        return score(captured, standards, codes, arms, needs=needs, rewards=rewards)
+
+    def _standards(self, case: Case) -> list[LayerStandards]:
+        seen: list[ReferenceGradients] = []
+
+        def take(captured: Captured) -> None:
+            seen.extend(ReferenceGradients() for _ in captured.gradients[len(seen) :])
+            for layer, gradients in zip(seen, captured.gradients, strict=True):
+                layer.add(gradients, captured.labels)
+
+        dataset = TensorDataset(*case.samples(_N_REFERENCE, seed=1))
+        captured = self.probe.capture_all(dataset, torch.arange(_N_REFERENCE), take)
+        found = []
+        for layer, h in zip(seen, captured.representations, strict=True):
+            means, norms, points = layer.means(), h.norm(dim=1), h[:DENSITY_SIZE]
+            bandwidth = median_bandwidth_squared(points, torch.Generator().manual_seed(0))
+            density = ExactDensity(points, bandwidth)
+            median, mad = float(norms.median()), float((norms - norms.median()).abs().median())
+            found.append(LayerStandards(median, mad, means, density, means.overall))
+        return found
+
+
+def figures() -> Iterator[Figure]:
+    """Costs of scoring, as multiples of a training step."""
+    every = frozenset(METRICS)
+    default = FixedWeights(DEFAULT_WEIGHTS).measures
+    for name, case in CASES.items():
+        bench = Bench(case)
+        step, all_six, usual, stable = medians(
+            bench.step,
+            partial(bench.score, every),
+            partial(bench.score, default),
+            partial(bench.score, every, bench.snapshots),
+        )
+        yield Figure(f"score_vs_step_{name}", all_six / step, at_most=_TARGETS[name])
+        yield Figure(f"score_snapshots_{name}", (stable - all_six) / step, at_most=1.0)
+        yield Figure(f"score_default_vs_step_{name}", usual / step)
+        yield from _cache_hits(name, bench, default)
+        if name == "mlp":
+            same = frozenset({"relevance", "gradient_impact"})
+            formed, ours = medians(partial(vmapped, bench), partial(bench.score, same), repeats=5)
+            yield Figure("vmap_ratio", formed / ours, at_least=30)
+
+
+def _cache_hits(name: str, bench: Bench, needs: frozenset[str]) -> Iterator[Figure]:
+    """A batch that is known, beside one that is not; reading the samples counts."""
+
+    def run(cached: CachedProbe) -> None:
+        with undisturbed(bench.module):
+            for captured in cached.capture(bench.dataset, bench.ids):
+                bench.measure(captured, needs)
+
+    known = CachedProbe(bench.probe, GradientCache(2**31), window=1)
+    run(known)
+    unknown = CachedProbe(bench.probe, GradientCache(0), window=1)
+    hit, miss = medians(lambda: run(known), lambda: run(unknown), repeats=5)
+    yield Figure(f"cache_hit_speedup_{name}", miss / hit, at_least=5)
+
+
+def vmapped(bench: Bench) -> list[Tensor]:
+    """Norms, and products with the class mean and the momentum, from formed gradients."""
+    net = bench.module.net
+    parameters = {name: p.detach() for name, p in net.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        logits = torch.func.functional_call(net, parameters, (x[None],))
+        return torch.nn.functional.cross_entropy(logits, y[None])
+
+    grads = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(
+        parameters, bench.x, bench.y
+    )
+    found = []
+    for number, std in enumerate(bench.standards):
+        weight, bias = grads[f"{2 * number}.weight"], grads[f"{2 * number}.bias"]
+        full = torch.cat([weight, bias[:, :, None]], dim=2).flatten(1)
+        found += [full.norm(dim=1), full @ std.relevance.overall.flatten()]
+        for label in range(int(bench.y.max()) + 1):
+            found.append(full[bench.y == label] @ std.relevance.overall.flatten())
+    return found

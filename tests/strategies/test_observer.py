@@ -1,0 +1,213 @@
+"""What is remembered from round to round, seen by a real probe on a net that trains in between."""
+
+import copy
+import math
+
+import pytest
+import torch
+from helpers.problems import Net, good, labelled, wrong
+from torch.utils.data import Dataset, default_collate
+
+from lightning_dvc.capture.guard import undisturbed
+from lightning_dvc.capture.objective import resolve_objective
+from lightning_dvc.capture.probe import Probe
+from lightning_dvc.pools import Pools
+from lightning_dvc.records import METRICS
+from lightning_dvc.strategies.base import Round
+from lightning_dvc.strategies.observer import Observer, ObserverSettings
+from lightning_dvc.strategies.scoring import Scores
+
+WINDOW = 2  # earlier states
+NOTHING = torch.empty(0, dtype=torch.int64)
+
+
+class Noted(Dataset):
+    """Notes which samples are read."""
+
+    def __init__(self, n=30, seed=50):
+        self.x, self.y = labelled(n, seed)
+        self.read = []
+
+    def __len__(self):
+        return len(self.y)
+
+    def __getitem__(self, index):
+        self.read.append(int(index))
+        return self.x[index], self.y[index]
+
+
+class Rounds:
+    """Rounds that select nothing new."""
+
+    def __init__(self, needs=METRICS, reference=True, **settings):
+        self.needs = frozenset(needs)
+        self.settings = {
+            "reference_size": 100,
+            "reservoir_size": 100,
+            "review_size": 100,
+            "stability_window": WINDOW,
+            "duplicate_angle": 0.1,
+            "density": "exact",
+            "cache_bytes": 0,
+            "cache_dtype": None,
+            "drift_tolerance": 0.01,
+            **settings,
+        }
+        self.observer, self.net = self.new_observer(), Net()
+        self.pools = Pools({"good": good(40), "wrong": wrong(40)})
+        self.selected = torch.arange(0, 80, 4)
+        self.reference = Noted() if reference else None
+        self.number, self.states = 0, []
+
+    def new_observer(self):
+        return Observer(self.needs, ObserverSettings(**self.settings))
+
+    def examine(self):
+        self.number += 1
+        self.states.insert(0, copy.deepcopy(self.net))
+        with undisturbed(self.net):
+            return self.observer.examine(self.this())
+
+    def this(self):
+        probe = Probe(self.net, resolve_objective(self.net), default_collate, batch_size=8)
+        return Round(
+            number=self.number,
+            n_rounds=6,
+            budget=60,
+            oversample=2.0,
+            pools=self.pools,
+            selected=self.selected,
+            probe=probe,
+            reference=self.reference,
+        )
+
+    def look_at(self, ids):
+        """Examine, look at candidates, and go on with a model that has moved."""
+        self.examine()
+        this = self.this()
+        with undisturbed(self.net):
+            parts = list(self.observer.candidates(this, ids))
+        self.end(this)
+        return parts
+
+    def end(self, this=None):
+        self.observer.remember(this or self.this(), Scores.empty(2, self.observer.window), NOTHING)
+        generator = torch.Generator().manual_seed(self.number)
+        with torch.no_grad():
+            for parameter in self.net.parameters():
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+
+
+def plausibility(net, x, y):
+    """Probability of the target, one sample at a time."""
+    with torch.no_grad():
+        return torch.tensor(
+            [float(net(a[None]).softmax(1)[0, b]) for a, b in zip(x, y, strict=True)]
+        )
+
+
+def mean_over(states, seen):
+    """Mean over the states that saw a sample, latest first."""
+    known = [value for value, at in zip(states, seen, strict=True) if at]
+    return math.fsum(known) / len(known)
+
+
+@pytest.mark.parametrize("needs", [METRICS, ("quality",)])
+@pytest.mark.parametrize("size", [100, 12])
+def test_confidence_in_the_reference_is_the_mean_over_the_states_that_saw_it(size, needs):
+    rounds, drawn = Rounds(needs, reference_size=size), []
+    x, y = rounds.reference.x, rounds.reference.y
+    for number in range(5):
+        rounds.reference.read.clear()
+        examined = rounds.examine()
+        drawn.insert(0, rounds.reference.read[:])
+        ids = drawn[0]
+        assert len(set(ids)) == len(ids) == min(size, 30)
+        recent = rounds.states[: WINDOW + 1]
+        table = torch.stack([plausibility(net, x, y) for net in recent])
+        expected = [
+            mean_over(table[:, i].tolist(), [i in seen for seen in drawn[: len(recent)]])
+            for i in ids
+        ]
+        torch.testing.assert_close(examined.reference_confidence, torch.tensor(expected))
+        assert examined.labels.tolist() == y[ids].tolist()
+        if number:  # the mean is not the present alone, of the samples seen before
+            before = torch.isin(torch.tensor(ids), torch.tensor(drawn[1]))
+            present = plausibility(rounds.net, x, y)[ids]
+            assert before.any()
+            assert (examined.reference_confidence - present)[before].abs().min() > 1e-7
+        rounds.end()
+
+
+def test_confidence_in_the_selection_is_the_mean_over_the_states_that_saw_it():
+    rounds = Rounds(reference=False)
+    x, y = default_collate([rounds.pools.dataset[int(i)] for i in rounds.selected])
+    for _ in range(5):
+        examined = rounds.examine()
+        recent = [plausibility(net, x, y) for net in rounds.states[: WINDOW + 1]]
+        expected = torch.stack(recent).mean(0)
+        torch.testing.assert_close(examined.selected_confidence, expected)
+        # Without a reference the selection stands in for it.
+        torch.testing.assert_close(examined.reference_confidence, expected)
+        rounds.end()
+
+
+@pytest.mark.parametrize("size", [100, 12])
+def test_what_was_seen_of_the_reference_outlives_a_restart(size, tmp_path):
+    straight, broken = Rounds(reference_size=size), Rounds(reference_size=size)
+    for _ in range(3):
+        for rounds in (straight, broken):
+            rounds.examine()
+            rounds.end()
+    torch.save(broken.observer.state_dict(), tmp_path / "state.pt")
+    broken.observer = broken.new_observer()
+    broken.observer.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for _ in range(3):
+        expected, found = straight.examine(), broken.examine()
+        assert torch.equal(found.reference_confidence, expected.reference_confidence)
+        assert torch.equal(found.selected_confidence, expected.selected_confidence)
+        for one, other in zip(found.standards, expected.standards, strict=True):
+            assert (one.median, one.mad) == (other.median, other.mad)
+            assert torch.equal(one.momentum, other.momentum)
+        for rounds in (straight, broken):
+            rounds.end()
+
+
+def test_candidates_pass_through_earlier_states_only_for_stability():
+    ids = torch.arange(1, 80, 8)
+    wanted, spared = Rounds(), Rounds(set(METRICS) - {"stability"})
+    for number in range(4):
+        parts = wanted.look_at(ids)
+        losses = torch.cat([part.losses for part in parts])
+        known = min(number, WINDOW) + 1
+        assert (~losses.isnan()).sum(1).tolist() == [known] * len(ids)
+        x, y = default_collate([wanted.pools.dataset[int(i)] for i in ids])
+        for age, net in enumerate(wanted.states[:known]):
+            expected = -plausibility(net, x, y).log()
+            torch.testing.assert_close(losses[:, age], expected, rtol=1e-4, atol=1e-5)
+        losses = torch.cat([part.losses for part in spared.look_at(ids)])
+        assert (~losses.isnan()).sum(1).tolist() == [1] * len(ids)
+
+
+@pytest.mark.parametrize(
+    ("needs", "cache_bytes", "kept"),
+    [
+        (METRICS, 0, WINDOW),
+        (METRICS, 2**20, WINDOW),
+        (("quality",), 2**20, 1),  # the cache asks how far the model has moved
+        (("quality",), 0, 0),
+    ],
+)
+def test_no_more_states_are_kept_than_are_needed(needs, cache_bytes, kept):
+    rounds = Rounds(needs, cache_bytes=cache_bytes)
+    for _ in range(3):
+        rounds.examine()
+        rounds.end()
+    assert len(rounds.observer.state_dict()["snapshots"]["states"]) == kept
+
+
+def test_only_what_the_metrics_need_is_prepared():
+    for needs in (("quality",), ("diversity",), ("gradient_impact",)):
+        for std in Rounds(needs).examine().standards:
+            assert (std.selected is not None) == ("diversity" in needs)
+            assert (std.momentum is not None) == ("gradient_impact" in needs)

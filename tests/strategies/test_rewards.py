@@ -1,0 +1,111 @@
+"""Rewards of gradients of every form, taken in part by part, against full gradients."""
+
+import math
+
+import torch
+from helpers import oracles
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from lightning_dvc.capture.convolution import Convolved
+from lightning_dvc.capture.gradients import Materialised, OuterProducts, Scattered
+from lightning_dvc.distributed import Group
+from lightning_dvc.strategies.rewards import ArmRewards
+
+ARMS = 4
+
+
+def normal(*shape, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+
+def of_linear(n, seed, positions):
+    inputs, deltas = normal(n, positions, 3, seed=seed), normal(n, positions, 2, seed=seed + 1)
+    full = torch.einsum("ntk,nti->nki", deltas, inputs)
+    return OuterProducts(inputs, deltas, True), torch.cat([full, deltas.sum(1)[:, :, None]], 2)
+
+
+def of_embedding(n, seed):
+    tokens = normal(n, 4, seed=seed).mul(2).long().abs() % 5
+    deltas = normal(n, 4, 2, seed=seed + 1)
+    full = torch.zeros(n, 5, 2, dtype=torch.float64)
+    for i in range(n):
+        for token, delta in zip(tokens[i].tolist(), deltas[i], strict=True):
+            full[i, token] += delta
+    return Scattered(tokens, deltas, n_tokens=5), full
+
+
+def of_convolution(n, seed):
+    layer = nn.Conv1d(1, 2, kernel_size=2, bias=False).double()
+    x, deltas = normal(n, 1, 4, seed=seed), normal(n, 2, 3, seed=seed + 1)
+    full = torch.stack([(deltas * x[:, :, at : at + 3]).sum(2) for at in range(2)], 2)
+    return Convolved(layer, [x], [deltas]), full
+
+
+def of_norm(n, seed):
+    full = normal(n, 3, 2, seed=seed)
+    return Materialised(full), full
+
+
+LAYERS = [
+    lambda n, seed: of_linear(n, seed, 1),
+    lambda n, seed: of_linear(n, seed, 3),
+    of_embedding,
+    of_convolution,
+    of_norm,
+]
+
+
+def rewards_by_hand(layers, arms, reference):
+    found = []
+    for arm in range(ARMS):
+        rows = [i for i, at in enumerate(arms) if at == arm]
+        if not rows:
+            found.append(math.nan)
+            continue
+        means = [oracles.mean([full[i] for i in rows]) for full in layers]
+        pairs = list(zip(means, reference, strict=True))
+        product = math.fsum(oracles.inner(mean, full) for mean, full in pairs)
+        lengths = [math.fsum(oracles.inner(x, x) for x in xs) for xs in (means, reference)]
+        found.append((1 + product / math.sqrt(lengths[0] * lengths[1])) / 2)
+    return found
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    kinds=st.lists(st.sampled_from(range(len(LAYERS))), min_size=1, max_size=4),
+    arms=st.lists(st.integers(0, ARMS - 1), min_size=1, max_size=15),
+    batch_size=st.integers(1, 16),
+    part_size=st.integers(1, 5),
+    seed=st.integers(0, 999),
+)
+def test_rewards_of_every_form_however_they_are_cut(kinds, arms, batch_size, part_size, seed):
+    made = [LAYERS[kind](len(arms), 100 * number + seed) for number, kind in enumerate(kinds)]
+    layers, full = [layer for layer, _ in made], [full for _, full in made]
+    reference = [normal(*x.shape[1:], seed=7 + number) for number, x in enumerate(full)]
+    rewards, at = ArmRewards(ARMS, reference), torch.tensor(arms)
+    for batch in torch.arange(len(arms)).split(batch_size):
+        for number, layer in enumerate(layers):
+            for part in batch.split(part_size):
+                rewards.add(number, layer.rows(part), at[part])
+        rewards.close(at[batch])
+    expected = torch.tensor(rewards_by_hand(full, arms, reference), dtype=torch.float64)
+    found = rewards.rewards(Group())
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10, equal_nan=True)
+    # Asking changes nothing.
+    assert torch.equal(rewards.rewards(Group()).nan_to_num(), found.nan_to_num())
+
+
+def test_batches_after_a_question_count_as_well():
+    layer, full = of_linear(6, 0, 1)
+    reference = [normal(2, 4, seed=5)]
+    rewards, arms = ArmRewards(ARMS, reference), torch.tensor([0, 1, 0, 2, 0, 1])
+    for upto in (3, 6):
+        rows = slice(upto - 3, upto)
+        rewards.add(0, layer.rows(rows), arms[rows])
+        rewards.close(arms[rows])
+        expected = rewards_by_hand([full[:upto]], arms[:upto].tolist(), reference)
+        found = rewards.rewards(Group())
+        oracles.assert_near(found.nan_to_num(), [0.0 if e != e else e for e in expected])
