@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow bench lint clean
 
 demo: .venv/installed
 	$(BIN)/python -m examples.demo
@@ -11,6 +11,11 @@ test: lint
 
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -n 2 -m slow
+
+# DATA=folder with mnist.npz; from OpenML without.
+bench: .venv/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python -m examples.bench $(if $(DATA),--data-dir $(DATA))
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -22,6 +22,7 @@ MAY_IMPORT_LIGHTNING = {
     "wrapping.py",
     "capture/objective.py",
     "capture/guard.py",
+    "capture/probe.py",
 }
 LIGHTNING = {"lightning", "lightning_fabric", "pytorch_lightning"}
 

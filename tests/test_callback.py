@@ -630,8 +630,8 @@ ATTENTION = pytest.mark.filterwarnings("ignore:trainable parameters of block.sel
     [
         # Four places can be dealt out to four samples, but not to thirty.
         (TimeFirst, 0.5, r"block\.linear1'.*do not return one output for each.*batch_first=True"),
-        (TimeFirst, 0.05, r"block\.linear1'.*left out.*batch_first=True"),
-        (Folded, 0.05, r"\['mix'\].*left out; use batch_first=True"),
+        (TimeFirst, 1 / 30, r"block\.linear1'.*left out.*batch_first=True"),
+        (Folded, 1 / 30, r"\['mix'\].*left out; use batch_first=True"),
         (Folded, 0.5, r"\['mix'\].*left out; use batch_first=True"),
     ],
 )

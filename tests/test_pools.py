@@ -372,3 +372,27 @@ def test_shares_that_cannot_be_kept_together_are_refused():
 def test_shares_may_add_up_to_one_but_for_rounding(share, n_arms):
     assert sum([share] * n_arms) != 1
     Pools({str(k): Source(Numbered(1), share, share) for k in range(n_arms)})
+
+
+class Batched(Dataset):
+    """Reads batches, and notes them."""
+
+    def __init__(self, first, size):
+        self.first, self.size, self.read = first, size, []
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        return self.first + index
+
+    def __getitems__(self, indices):
+        self.read.append(indices)
+        return [self[index] for index in indices]
+
+
+def test_batches_are_read_from_each_source_at_once_and_in_order():
+    batched = Batched(100, 4)
+    pools = Pools({"plain": [0, 1, 2], "batched": batched, "more": [7, 8]})
+    assert pools.dataset.__getitems__([4, 1, 8, 3, 0]) == [101, 1, 8, 100, 0]
+    assert batched.read == [[1, 0]]

@@ -45,7 +45,8 @@ def patches(layer: Convolution, padded: Tensor, positions: Sequence[int]) -> Ten
         (stride[0], stride[1], *kernel, *moves),
         padded.storage_offset(),
     )
-    return windows.reshape(len(padded), layer.groups, -1, math.prod(positions))
+    seen = layer.weight[0].numel()
+    return windows.reshape(len(padded), layer.groups, seen, math.prod(positions))
 
 
 class Convolved(LayerGradients):
@@ -94,7 +95,7 @@ class Convolved(LayerGradients):
 
     @override
     def parts(self, numbers: int = PART) -> Iterator[tuple[slice, LayerGradients]]:
-        patch, positions = self.full_shape[1] * self._layer.groups, self._deltas[0][0, 0].numel()
+        patch, positions = self.full_shape[1] * self._layer.groups, self.like.shape[2:].numel()
         # What is unfolded has to stay in the cache as well.
         unfolded = patch * positions // max(1, self.full_shape[0] * self.full_shape[1])
         yield from super().parts(numbers // max(1, unfolded // 2))
@@ -127,8 +128,9 @@ class Convolved(LayerGradients):
     def _form(self, x: Tensor, delta: Tensor) -> Tensor:
         layer, n = self._layer, len(x)
         seen = patches(layer, padded_input(layer, x), delta.shape[2:])
-        outer = delta.reshape(n, layer.groups, -1, seen.shape[3]) @ seen.transpose(2, 3)
-        full = outer.reshape(n, len(layer.weight), -1)
+        d_out, d_in = len(layer.weight), layer.weight[0].numel()
+        own = delta.reshape(n, layer.groups, d_out // layer.groups, seen.shape[3])
+        full = (own @ seen.transpose(2, 3)).reshape(n, d_out, d_in)
         if layer.bias is None:
             return full
         return torch.cat([full, delta.flatten(2).sum(2)[:, :, None]], dim=2)
@@ -137,8 +139,8 @@ class Convolved(LayerGradients):
     def bound(self) -> Tensor:
         lengths = []
         for x, delta in zip(self._inputs, self._deltas, strict=True):
-            # No patch is longer than the padded image, which repeats a pixel at most so often.
-            image = x.flatten(1).square().sum(1) * 4 ** len(self._layer.kernel_size) + 1
+            # No patch is longer than the image, of which it may repeat a pixel in the padding.
+            image = x.flatten(1).square().sum(1) * math.prod(self._layer.kernel_size) + 1
             lengths.append(image.sqrt() * delta.square().sum(1).sqrt().flatten(1).sum(1))
         return torch.stack(lengths).sum(0).square()
 

@@ -101,7 +101,7 @@ class LayerGradients(ABC):
             A range of samples and their gradients; together all samples, in order.
         """
         size = max(1, numbers // max(1, self.full_shape[0] * self.full_shape[1]))
-        for start in range(0, len(self), size):
+        for start in range(0, max(1, len(self)), size):  # one part of no samples, if there are none
             rows = slice(start, start + size)
             yield rows, self.rows(rows).formed()
 

@@ -86,13 +86,17 @@ def find_layers(module: nn.Module, names: Sequence[str] | None = None) -> dict[s
 
 def _trains(layer: nn.Module) -> bool:
     weight = getattr(layer, "weight", None)
-    return isinstance(weight, Tensor) and weight.requires_grad and not is_lazy(weight)
+    return isinstance(weight, Tensor) and weight.requires_grad
 
 
 def _refusal(layer: nn.Module) -> str | None:
     """Why a layer cannot be captured, or None."""
     kind = kind_of(layer)
-    return f"a {type(layer).__name__}" if kind is None else kind.refusal(layer)
+    if kind is None:
+        return f"a {type(layer).__name__}"
+    if is_lazy(getattr(layer, "weight", None)):
+        return "it is not initialised"
+    return kind.refusal(layer)
 
 
 def _named_layer(modules: dict[str, nn.Module], name: str) -> nn.Module:
@@ -117,6 +121,7 @@ class _Calls:
     inputs: list[Tensor]
     outputs: list[Tensor]
     edges: list[GradientEdge]
+    returned: Tensor
 
 
 class LayerCapture:
@@ -158,7 +163,7 @@ class LayerCapture:
         shared = [
             name
             for name, calls in self._calls.items()
-            if any(output.ndim == 0 or len(output) % n for output in calls.outputs)
+            if any(output.ndim < 2 or len(output) % n for output in calls.outputs)
         ]
         for name in shared:
             del self._calls[name]
@@ -191,17 +196,20 @@ class LayerCapture:
             _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor
         ) -> Tensor | None:
             received = args[0] if args else kwargs["input"]
-            calls = self._calls.setdefault(name, _Calls(kind, [], [], []))
+            calls = self._calls.setdefault(name, _Calls(kind, [], [], [], out))
             calls.inputs.append(received.detach())
             calls.outputs.append(out.detach())
+            # Averaged at once, since an in-place activation would overwrite it.
+            calls.returned = _averaged_output(kind, self._layers[name], out.detach())
             if not gradients:
                 return None
             frozen = not out.requires_grad  # as every layer before it
             if frozen:
                 out = out.detach().requires_grad_()
             # The place in the graph, not the tensor, which an in-place activation would overwrite.
-            calls.edges.append(get_gradient_edge(out))
-            return out.clone() if frozen else None
+            place = _whole(out)
+            calls.edges.append(get_gradient_edge(place))
+            return out.clone() if frozen or place._base is not None else None
 
         return note
 
@@ -219,7 +227,7 @@ class LayerCapture:
         found = []
         for name, calls in self._calls.items():
             own = [
-                torch.zeros_like(output) if delta is None else delta
+                torch.zeros_like(output) if delta is None else delta.reshape(output.shape)
                 for output, delta in zip(calls.outputs, deltas, strict=False)
             ]
             layer = calls.kind.gradients(self._layers[name], calls.inputs, own, len(losses))
@@ -246,15 +254,8 @@ class LayerCapture:
             if following is not None:
                 calls = self._calls[following]
                 after = calls.kind.received(self._layers[following], calls.inputs[0], n)
-            found.append(self._returned(name, n) if after is None else after)
+            found.append(averaged(self._calls[name].returned, n) if after is None else after)
         return found
-
-    def _returned(self, name: str, n: int) -> Tensor:
-        """A layer's own output, positions averaged."""
-        output = self._calls[name].outputs[-1]
-        if isinstance(self._layers[name], CONVOLUTIONS):
-            output = output.movedim(1, -1)
-        return averaged(output, n)
 
     def fingerprints(self, n: int) -> Tensor:
         """What the first captured layer receives, pooled to a bounded size, ``(n, d)``.
@@ -279,6 +280,26 @@ class LayerCapture:
             return x.squeeze(1)
         # Always as many, so that batches of sequences of other lengths can be compared.
         return F.adaptive_avg_pool1d(x.transpose(1, 2), _FINGERPRINT_SIDE).flatten(1)
+
+
+def _averaged_output(kind: LayerKind, layer: nn.Module, output: Tensor) -> Tensor:
+    """The mean over positions, a copy; frames folded into the batch stay apart."""
+    if output.ndim < 2:  # no batch, see forget_shared
+        return output.clone()
+    after = kind.received(layer, output, len(output))
+    return (averaged(output, len(output)) if after is None else after).clone()
+
+
+def _whole(out: Tensor) -> Tensor:
+    """The tensor of which an output is a view in another shape, or else the output.
+
+    A linear layer with many positions returns such a view. An in-place activation moves a view to
+    another place in the graph, so the loss no longer depends on the old one, but on the whole's.
+    """
+    base = out._base
+    if base is None or base.numel() != out.numel() or not base.is_contiguous():
+        return out
+    return base if out.is_contiguous() else out
 
 
 def _words(layer: nn.Embedding, tokens: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ class RandomHyperplanes:
         Returns:
             ``(n, tables)`` int64 on that device, the signs of each table packed into one number.
         """
-        return torch.cat([self._codes(block) for block in real(x).split(_ROWS)])
+        return torch.cat([self._codes(block) for block in torch.split(real(x), _ROWS)])
 
     def _codes(self, x: Tensor) -> Tensor:
         positive = (x @ self._normals.to(x)) >= 0

@@ -31,7 +31,7 @@ def activation_entropy(representations: Tensor) -> Tensor:
     sizes, tiny = representations.abs(), torch.finfo(representations.dtype).tiny
     shares = sizes / sizes.sum(1, keepdim=True).clamp(min=tiny)
     # Half as long as torch.special.entr; a share of 0 adds 0 * log(tiny).
-    entropy = -(shares * shares.clamp(min=tiny).log()).sum(1)
+    entropy = (shares * shares.clamp(min=tiny).log().neg()).sum(1)
     return entropy.clamp(min=0) / math.log(width)
 
 

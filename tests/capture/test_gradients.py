@@ -1,15 +1,24 @@
 import pytest
 import torch
-from helpers.oracles import assert_gradients, assert_near, inner, per_sample_gradients, weighted_sum
+from helpers.oracles import (
+    assert_gradients,
+    assert_grams,
+    inner,
+    normal,
+    per_sample_gradients,
+    tokens,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from lightning_dvc.capture import gradients
+from lightning_dvc.capture.convolution import Convolved
 from lightning_dvc.capture.gradients import (
     Materialised,
     OuterProducts,
+    Scattered,
     concatenate,
-    layer_gradients,
     restore,
 )
 
@@ -23,146 +32,187 @@ SHAPES = st.fixed_dictionaries(
         "seed": st.integers(0, 99),
     }
 )
+FORMS = ["factors", "formed", "scattered", "convolved"]
+SMALL = {"n": 3, "positions": 4, "d_in": 2, "d_out": 2, "bias": True, "seed": 0}
 
 
-def normal(*shape, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, dtype=torch.float64, generator=generator)
+def expected_of(layer, x, deltas):
+    """True gradients of the loss whose gradient at the output is ``deltas``."""
+    net = nn.Sequential(layer.double())
+    return per_sample_gradients(
+        net, ["0"], lambda net, x, delta: (net(x) * delta).sum(), x, deltas
+    )[0]
 
 
-def draw(n, positions, d_in, d_out, bias, seed):
-    """Factors, and the true gradients of the loss whose gradient at the output is ``deltas``."""
+def draw(form, n, positions, d_in, d_out, bias, seed):
+    """Gradients in one form, and the true ones."""
     inputs = normal(n, positions, d_in, seed=seed)
     deltas = normal(n, positions, d_out, seed=seed + 1000)
-    net = nn.Sequential(nn.Linear(d_in, d_out, bias=bias, dtype=torch.float64))
-    (expected,) = per_sample_gradients(
-        net, ["0"], lambda net, a, delta: (net(a) * delta).sum(), inputs, deltas
-    )
-    return inputs, deltas, expected
+    if form == "scattered":
+        looked_up = tokens(n, positions, below=d_in, seed=seed)
+        expected = expected_of(nn.Embedding(d_in, d_out), looked_up, deltas)
+        return Scattered(looked_up, deltas, d_in), expected
+    if form == "convolved":
+        layer = nn.Conv1d(d_in, d_out, 2, padding=1, bias=bias)
+        x, deltas = inputs.transpose(1, 2), normal(n, d_out, positions + 1, seed=seed + 1000)
+        expected = expected_of(layer, x, deltas)
+        return Convolved(layer, [x], [deltas]), expected
+    expected = expected_of(nn.Linear(d_in, d_out, bias=bias), inputs, deltas)
+    if form == "formed":
+        return Materialised(expected.clone()), expected
+    return OuterProducts(inputs, deltas, bias), expected
 
 
-@settings(deadline=None, max_examples=60)
-@given(SHAPES)
-def test_factors_answer_like_full_gradients(shape):
-    inputs, deltas, expected = draw(**shape)
-    assert_gradients(OuterProducts(inputs, deltas, shape["bias"]), expected)
+@pytest.mark.parametrize("form", FORMS)
+@settings(deadline=None, max_examples=25)
+@given(shape=SHAPES)
+def test_each_form_answers_like_full_gradients(form, shape):
+    assert_gradients(*draw(form, **shape))
 
 
-@settings(deadline=None, max_examples=60)
-@given(SHAPES)
-def test_formed_gradients_answer_like_full_gradients(shape):
-    expected = draw(**shape)[2]
-    assert_gradients(Materialised(expected.clone()), expected)
+@pytest.mark.parametrize("form", FORMS)
+@settings(deadline=None, max_examples=25)
+@given(shape=SHAPES, m=st.integers(1, 4), positions=st.sampled_from([1, 3]))
+def test_products_with_other_samples(form, shape, m, positions):
+    ours, expected = draw(form, **shape)
+    other = {"n": m, "seed": shape["seed"] + 5, "positions": positions}
+    theirs, reference = draw(form, **{**shape, **other})
+    assert_grams(ours, theirs, expected, reference)
 
 
-@settings(deadline=None, max_examples=60)
-@given(SHAPES)
-def test_layer_gradients_answer_like_full_gradients_and_keep_the_smaller_form(shape):
-    inputs, deltas, expected = draw(**shape)
-    found = layer_gradients(inputs, deltas, shape["bias"])
-    assert_gradients(found, expected)
-    kept = sum(tensor[0].numel() for tensor in found.tensors().values())
-    factors = inputs[0].numel() + deltas[0].numel()
-    if shape["positions"] > 1:
-        assert kept == min(factors, expected[0].numel())
-    else:
-        assert kept == factors
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("part", [1, 8, 16])
+def test_products_in_parts(form, part, monkeypatch):
+    monkeypatch.setattr(gradients, "_GRAM_PART", part)
+    ours, expected = draw(form, **SMALL)
+    theirs, reference = draw(form, **{**SMALL, "n": 5, "seed": 1, "positions": 2})
+    assert_grams(ours, theirs, expected, reference)
 
 
-@settings(deadline=None, max_examples=60)
-@given(SHAPES, st.integers(1, 4), st.sampled_from([1, 3]), st.booleans())
-def test_products_with_another_set(shape, m, positions, formed):
-    inputs, deltas, expected = draw(**shape)
-    other = {**shape, "n": m, "seed": shape["seed"] + 5}
-    if not formed:  # factors of the two sets may have different numbers of positions
-        other["positions"] = positions
-    other_inputs, other_deltas, reference = draw(**other)
-    mixtures = normal(m, 3, seed=shape["seed"])
-    mixed = [weighted_sum(column, reference) for column in mixtures.T.tolist()]
-    if formed:
-        found = Materialised(expected).products(Materialised(reference), mixtures)
-    else:
-        ours = OuterProducts(inputs, deltas, shape["bias"])
-        found = ours.products(OuterProducts(other_inputs, other_deltas, shape["bias"]), mixtures)
-    slow = [[inner(g, column) for column in mixed] for g in expected]
-    scale = max(abs(inner(a, a)) for a in [*expected, *mixed])
-    assert_near(found, slow, scale)
+@pytest.mark.parametrize("part", [1, 10])
+def test_products_of_an_embedding_in_parts_of_the_tokens_that_occur(part, monkeypatch):
+    monkeypatch.setattr(gradients, "_GRAM_PART", part)
+    # A thousand million tokens, of which no full gradient could be formed.
+    sample = torch.tensor([[999_999_999, 5, 5]])
+    ours = Scattered(sample, torch.ones(1, 3, 2), 10**9)
+    theirs = Scattered(torch.tensor([[5], [6], [999_999_999]]), torch.ones(3, 1, 2), 10**9)
+    assert ours.gram(theirs).tolist() == [[4, 0, 2]]
+    assert ours.squared_norms().tolist() == [10]
 
 
-def forms(shape):
-    inputs, deltas, expected = draw(**shape)
-    return [OuterProducts(inputs, deltas, shape["bias"]), Materialised(expected)], expected
+@pytest.mark.parametrize("positions", [2, 6, 7, 40])
+@pytest.mark.parametrize("bias", [True, False])
+def test_norms_of_long_and_short_sequences(positions, bias):
+    # Up to 6 positions the inner products of the positions give the norms, beyond that the
+    # gradients are formed.
+    shape = {"n": 2, "d_in": 12, "d_out": 12, "seed": 0}
+    assert_gradients(*draw("factors", positions=positions, bias=bias, **shape))
 
 
-@settings(deadline=None, max_examples=40)
-@given(SHAPES, st.data())
-def test_rows_by_position_and_by_mask(shape, data):
+def test_gradients_too_large_to_be_formed_at_once():
+    # Each part holds one sample or two.
+    for form in ("factors", "convolved"):
+        shape = {"n": 3, "positions": 3, "d_in": 300, "d_out": 300, "bias": True, "seed": 0}
+        found, expected = draw(form, **shape)
+        assert len(list(found.parts())) > 1
+        full = normal(*found.full_shape)
+        torch.testing.assert_close(found.squared_norms(), expected.square().sum((1, 2)))
+        torch.testing.assert_close(found.dot(full), (expected * full).sum((1, 2)))
+        torch.testing.assert_close(found.sum(), expected.sum(0))
+        torch.testing.assert_close(found.tensors(), restore(found.tensors(), found).tensors())
+
+
+@pytest.mark.parametrize("form", FORMS)
+@settings(deadline=None, max_examples=15)
+@given(shape=SHAPES, data=st.data())
+def test_rows_by_position_by_mask_and_by_range(form, shape, data):
     n = shape["n"]
     order = torch.tensor(data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=5)))
     mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=n, max_size=n).filter(any)))
-    found, expected = forms(shape)
-    for form in found:
-        assert_gradients(form.rows(order), expected[order])
-        assert_gradients(form.rows(mask), expected[mask])
+    found, expected = draw(form, **shape)
+    for index in (order, mask, slice(n - 1, None)):
+        assert_gradients(found.rows(index), expected[index])
 
 
-@settings(deadline=None, max_examples=40)
-@given(SHAPES, st.integers(1, 3))
-def test_joined_parts_are_the_whole(shape, parts):
-    found, expected = forms(shape)
-    for form in found:
-        pieces = [form.rows(index) for index in torch.arange(shape["n"]).chunk(parts)]
-        assert_gradients(concatenate(pieces), expected)
+@pytest.mark.parametrize("form", FORMS)
+@settings(deadline=None, max_examples=15)
+@given(shape=SHAPES, parts=st.integers(1, 3))
+def test_joined_parts_are_the_whole(form, shape, parts):
+    found, expected = draw(form, **shape)
+    pieces = [found.rows(index) for index in torch.arange(shape["n"]).chunk(parts)]
+    assert_gradients(concatenate(pieces), expected)
 
 
-@settings(deadline=None, max_examples=40)
-@given(SHAPES)
-def test_what_was_taken_apart_is_restored(shape):
-    found, expected = forms(shape)
-    for form in found:
-        parts = form.tensors()
-        assert all(len(tensor) == shape["n"] for tensor in parts.values())
-        again = restore({name: tensor.clone() for name, tensor in parts.items()}, shape["bias"])
-        assert type(again) is type(form)
-        assert_gradients(again, expected)
-
-
-@pytest.mark.parametrize("kind", [0, 1], ids=["factors", "formed"])
-def test_rows_of_no_sample(kind):
-    found = forms({"n": 2, "positions": 3, "d_in": 2, "d_out": 2, "bias": True, "seed": 0})[0][kind]
-    none = found.rows(torch.tensor([False, False]))
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_of_no_sample(form):
+    found, expected = draw(form, **SMALL)
+    none = found.rows(torch.tensor([False, False, False]))
     assert len(none) == 0
-    assert none.squared_norms().shape == (0,)
-    assert none.dot(torch.ones(2, 3, dtype=torch.float64)).shape == (0,)
-    assert len(concatenate([found, none])) == 2
+    assert none.full_shape == found.full_shape
+    assert none.form == found.form
+    assert none.squared_norms().shape == none.bound().shape == (0,)
+    assert none.dot(expected[0]).shape == (0,)
+    assert torch.equal(none.sum(), torch.zeros_like(expected[0]))
+    assert none.formed().gradients.shape == (0, *found.full_shape)
+    assert none.gram(found).shape == (0, 3)
+    assert found.gram(none).shape == (3, 0)
+    assert all(len(tensor) == 0 for tensor in none.tensors().values())
+    assert_gradients(concatenate([none, found, none]), expected)
 
 
 # A collate function that pads to the longest of each batch leads to the following.
 
 
-def padded_batches(positions, widths):
-    shape = {"n": 2, "d_in": widths, "d_out": widths, "bias": True}
-    drawn = [draw(**shape, positions=t, seed=t) for t in positions]
-    return [layer_gradients(a, delta, True) for a, delta, _ in drawn], [g for _, _, g in drawn]
-
-
-def test_parts_with_different_numbers_of_positions_are_joined():
-    parts, expected = padded_batches(positions=[2, 3], widths=6)
-    assert {type(part) for part in parts} == {OuterProducts}
-    assert_gradients(concatenate(parts), torch.cat(expected))
+@pytest.mark.parametrize("form", ["factors", "scattered"])
+@pytest.mark.parametrize("positions", [(2, 3), (3, 1), (1, 4)])
+def test_parts_with_different_numbers_of_positions_are_joined(form, positions):
+    drawn = [draw(form, **{**SMALL, "positions": t, "seed": t}) for t in positions]
+    joined = concatenate([found for found, _ in drawn])
+    assert type(joined) is type(drawn[0][0])
+    assert_gradients(joined, torch.cat([expected for _, expected in drawn]))
 
 
 def test_parts_of_different_forms_are_joined():
-    parts, expected = padded_batches(positions=[1, 9], widths=3)
-    assert {type(part) for part in parts} == {OuterProducts, Materialised}
-    assert_gradients(concatenate(parts), torch.cat(expected))
+    drawn = [draw(form, **SMALL) for form in ("factors", "formed")]
+    joined = concatenate([found for found, _ in drawn])
+    assert type(joined) is Materialised
+    assert_gradients(joined, torch.cat([expected for _, expected in drawn]))
 
 
-@pytest.mark.parametrize("order", [1, -1])
-def test_products_of_different_forms(order):
-    (ours, theirs), (expected, reference) = (
-        pair[::order] for pair in padded_batches(positions=[1, 9], widths=3)
-    )
-    slow = [[inner(g, r) for r in reference] for g in expected]
-    found = ours.products(theirs, torch.eye(2, dtype=torch.float64))
-    assert_near(found, slow, scale=max(max(map(abs, row)) for row in slow))
+@pytest.mark.parametrize("positions", [1, 9])
+def test_products_of_different_forms(positions):
+    ours, expected = draw("factors", **{**SMALL, "positions": positions})
+    theirs, reference = draw("formed", **{**SMALL, "seed": 1})
+    assert_grams(ours, theirs, expected, reference)
+    assert_grams(theirs, ours, reference, expected)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_sum_does_not_touch_what_it_is_made_of(form):
+    found, _ = draw(form, **SMALL)
+    before = {name: tensor.clone() for name, tensor in found.tensors().items()}
+    found.sum().zero_()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in found.tensors().items())
+
+
+# --- the bound ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_bound_is_finite_for_the_samples_whose_gradient_is(form, value):
+    found, _ = draw(form, **{**SMALL, "positions": 3})
+    made_of = found._deltas[0] if form == "convolved" else list(found.tensors().values())[-1]
+    made_of[1].view(-1)[-1] = value
+    assert found.bound().isfinite().tolist() == [True, False, True]
+
+
+def test_bound_is_the_squared_norm_of_one_position():
+    found, expected = draw("factors", **{**SMALL, "positions": 1})
+    torch.testing.assert_close(found.bound(), expected.square().sum((1, 2)))
+
+
+def test_bound_holds_where_positions_agree():
+    found = OuterProducts(torch.ones(1, 5, 2).double(), torch.ones(1, 5, 3).double(), bias=True)
+    exact = inner(found.formed().gradients, found.formed().gradients)
+    torch.testing.assert_close(found.bound(), torch.tensor([exact], dtype=torch.float64))

@@ -3,9 +3,14 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.oracles import assert_gradients, per_sample_gradients
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from helpers.oracles import (
+    Net,
+    assert_gradients,
+    normal,
+    own_losses,
+    per_sample_gradients,
+    tokens,
+)
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -15,38 +20,12 @@ from lightning_dvc.errors import CaptureError
 CLASSES = 3
 
 
-class Net(nn.Module):
-    """Layers by name and a forward pass given as a function; weights are drawn from a seed."""
-
-    def __init__(self, layers, forward):
-        super().__init__()
-        torch.manual_seed(0)
-        for name, make in layers.items():
-            self.add_module(name, make())
-        self.double()
-        self.run = forward
-
-    def forward(self, x):
-        return self.run(self, x)
-
-
 def linear(*args, **kwargs):
     return lambda: nn.Linear(*args, **kwargs)
 
 
 def conv(*args, **kwargs):
     return lambda: nn.Conv2d(*args, **kwargs)
-
-
-def normal(*shape, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, dtype=torch.float64, generator=generator)
-
-
-def own_losses(net, x):
-    """Each sample's own loss, nonlinear in every output, whatever the shape of the output."""
-    outputs = net(x).flatten(1)
-    return torch.logsumexp(outputs, 1) + (outputs * torch.arange(outputs.shape[1])).cos().sum(1)
 
 
 def capture(net, x, names=None):
@@ -67,55 +46,6 @@ def assert_captured(net, x, names, listed=None):
     for layer, expected in zip(found, expected_gradients(net, names, x), strict=True):
         assert_gradients(layer, expected)
     return recorder
-
-
-# --- gradients of single layers, shapes drawn --------------------------------------------------
-
-
-@settings(deadline=None, max_examples=40)
-@given(
-    n=st.integers(1, 4),
-    positions=st.lists(st.integers(1, 3), max_size=2),
-    d_in=st.integers(1, 4),
-    d_out=st.integers(1, 4),
-    bias=st.booleans(),
-)
-def test_linear(n, positions, d_in, d_out, bias):
-    net = Net({"layer": linear(d_in, d_out, bias=bias)}, lambda net, x: net.layer(x))
-    assert_captured(net, normal(n, *positions, d_in), ["layer"])
-
-
-@st.composite
-def convolutions(draw):
-    """Arguments of a Conv2d, and an image that is large enough for it."""
-    kernel = draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
-    dilation = draw(st.tuples(st.integers(1, 2), st.integers(1, 2)))
-    padding = draw(st.sampled_from(["same", "valid", 0, 1, (2, 1)]))
-    stride = 1 if padding == "same" else draw(st.sampled_from([1, 2, (1, 3)]))
-    mode = draw(st.sampled_from(["zeros", "circular", "reflect", "replicate"]))
-    arguments = {
-        "in_channels": draw(st.integers(1, 2)),
-        "out_channels": draw(st.integers(1, 3)),
-        "kernel_size": kernel,
-        "dilation": dilation,
-        "padding": padding,
-        "stride": stride,
-        "padding_mode": mode,
-        "bias": draw(st.booleans()),
-    }
-    image = [5 + draw(st.integers(0, 3)) for _ in range(2)]  # a dilated kernel covers 5
-    return arguments, image
-
-
-@settings(deadline=None, max_examples=80)
-@given(n=st.integers(1, 3), drawn=convolutions())
-def test_conv2d(n, drawn):
-    arguments, image = drawn
-    with warnings.catch_warnings():
-        # torch says that an even kernel with padding="same" may copy the input.
-        warnings.filterwarnings("ignore", message="Using padding='same'")
-        net = Net({"layer": conv(**arguments)}, lambda net, x: net.layer(x))
-        assert_captured(net, normal(n, arguments["in_channels"], *image), ["layer"])
 
 
 # --- gradients in whole networks ---------------------------------------------------------------
@@ -194,6 +124,18 @@ NETWORKS = {
         (2, 6, 4),
         ["shared", "head"],
     ),
+    "tokens and in-place activations": (
+        {"a": linear(4, 6), "b": linear(6, 5, bias=False), "c": linear(5, CLASSES)},
+        lambda net, x: net.c(net.b(net.a(x).relu_()).tanh_().mean(1)).relu_(),
+        (6, 4),
+        ["a", "b", "c"],
+    ),
+    "tokens and an in-place residual": (
+        {"first": linear(4, 5), "second": linear(5, 5), "head": linear(5, CLASSES)},
+        residual_in_place,
+        (2, 3, 4),
+        ["first", "second", "head"],
+    ),
     "by keyword": (
         {"a": linear(4, 3), "b": linear(3, CLASSES)},
         lambda net, x: net.b(input=net.a(input=x).tanh()),
@@ -212,6 +154,16 @@ NETWORKS = {
             checkpoint(lambda h: net.b(h.tanh()).relu(), net.a(x), use_reentrant=False)
         ),
         (4,),
+        ["a", "b", "c"],
+    ),
+    "partly checkpointed convolutions": (
+        {"a": conv(1, 2, 3, padding=1), "b": conv(2, 4, 3, groups=2), "c": linear(4, CLASSES)},
+        lambda net, x: net.c(
+            checkpoint(
+                lambda x: net.b(net.a(x).relu_()).tanh_().mean((2, 3)), x, use_reentrant=False
+            )
+        ),
+        (1, 5, 5),
         ["a", "b", "c"],
     ),
     "frames folded into the batch": (
@@ -272,8 +224,9 @@ def test_layer_of_a_normalised_network_in_eval():
         "c": linear(2, CLASSES),
     }
     net = Net(layers, lambda net, x: net.c(net.ln(net.bn(net.a(x)).relu().mean((2, 3)))))
-    net(normal(8, 1, 5, 5))  # running statistics that are not those of a new layer
-    assert_captured(net.eval(), normal(4, 1, 5, 5), ["a", "c"])
+    net.train()(normal(8, 1, 5, 5))  # running statistics that are not those of a new layer
+    assert_captured(net.eval(), normal(4, 1, 5, 5), ["a", "c"])  # without normalisations
+    assert_captured(net, normal(4, 1, 5, 5), ["a", "bn", "ln", "c"], ["c", "ln", "bn", "a"])
 
 
 def test_the_module_may_be_the_layer():
@@ -447,6 +400,111 @@ def test_fingerprints_of_images_are_bounded(image, width):
     torch.testing.assert_close(found, blocks.flatten(1))
 
 
+# --- networks of tokens ------------------------------------------------------------------------
+
+
+def words(padding=0, **layers):
+    layers = {"words": lambda: nn.Embedding(9, 4, padding_idx=padding), **layers}
+    return {**layers, "head": linear(4, CLASSES)}
+
+
+def test_embedding_first():
+    net = Net(words(), lambda net, x: net.head(net.words(x).tanh().mean(1)))
+    x = tokens(5, 6, below=9)
+    recorder = assert_captured(net, x, ["words", "head"])
+    received = net.words(x).tanh().mean(1)
+    expected = [received, net.head(received)]
+    for h, slow in zip(recorder.representations(5), expected, strict=True):
+        torch.testing.assert_close(h, slow, rtol=1e-12, atol=0)
+
+
+def with_places(places):
+    """Words and the places they stand at."""
+    layers = words(places=lambda: nn.Embedding(6, 4))
+    return Net(layers, lambda net, x: net.head((net.words(x) + places(net, x)).tanh().mean(1)))
+
+
+@pytest.mark.parametrize("shape", [(1, 6), (6,)])
+@pytest.mark.parametrize("n", [4, 5])
+def test_embedding_of_places_is_shared_and_forgotten(shape, n):
+    net = with_places(lambda net, x: net.places(torch.arange(6).reshape(shape)))
+    x = tokens(n, 6, below=9)
+    recorder, losses = capture(net, x)
+    assert recorder.reached == ["words", "places", "head"]
+    assert recorder.forget_shared(n) == ["places"]
+    assert recorder.reached == ["words", "head"]
+    found = recorder.gradients(losses)
+    for layer, expected in zip(found, expected_gradients(net, ["words", "head"], x), strict=True):
+        assert_gradients(layer, expected)
+    mixed = (net.words(x) + net.places(torch.arange(6))).tanh().mean(1)
+    for h, slow in zip(recorder.representations(n), [mixed, net.head(mixed)], strict=True):
+        torch.testing.assert_close(h, slow, rtol=1e-12, atol=0)
+
+
+def test_embedding_of_places_that_belong_to_the_samples_is_kept():
+    net = with_places(lambda net, x: net.places(torch.arange(6).expand(len(x), 6)))
+    x = tokens(5, 6, below=9)
+    recorder = assert_captured(net, x, ["words", "places", "head"])
+    assert recorder.forget_shared(5) == []
+    # What an embedding receives has no features, so the layer before it shows its own output.
+    assert torch.equal(recorder.representations(5)[0], net.words(x).mean(1))
+
+
+@pytest.mark.parametrize("n", [3, 4])
+def test_layer_of_something_that_all_samples_share_is_forgotten(n):
+    layers = {"a": linear(4, 4), "shared": linear(2, 4), "b": linear(4, CLASSES)}
+    vector = normal(2)  # one without a batch, of 4 outputs
+    net = Net(layers, lambda net, x: net.b(net.a(x) * net.shared(vector)))
+    recorder, losses = capture(net, normal(n, 4))
+    assert recorder.forget_shared(n) == ["shared"]
+    found = recorder.gradients(losses)
+    for layer, expected in zip(
+        found, expected_gradients(net, ["a", "b"], normal(n, 4)), strict=True
+    ):
+        assert_gradients(layer, expected)
+
+
+def fingerprints(net, x):
+    return capture(net, x)[0].fingerprints(len(x))
+
+
+def test_fingerprints_of_tokens_do_not_change_while_the_embedding_trains():
+    net = Net(words(), lambda net, x: net.head(net.words(x).mean(1)))
+    x = tokens(5, 6, below=9)
+    before = fingerprints(net, x)
+    net.words.weight.data += 1
+    assert torch.equal(fingerprints(net, x), before)
+    assert before.isfinite().all()
+    # Nor do they depend on what else draws random numbers, or on the seed.
+    torch.manual_seed(5)
+    assert torch.equal(fingerprints(net, x), before)
+
+
+@pytest.mark.parametrize("padding", [0, 5])
+def test_fingerprints_of_tokens_leave_padding_out(padding):
+    net = Net(words(padding), lambda net, x: net.head(net.words(x).mean(1)))
+    x = tokens(5, 6, below=9)
+    longer = F.pad(x, (2, 3), value=padding)
+    torch.testing.assert_close(fingerprints(net, longer), fingerprints(net, x))
+    nothing = fingerprints(net, torch.full((2, 3), padding))
+    assert torch.equal(nothing, torch.zeros_like(nothing))
+
+
+def test_fingerprints_of_tokens_count_what_is_no_padding():
+    layers = {**words(), "words": lambda: nn.Embedding(9, 4)}
+    net = Net(layers, lambda net, x: net.head(net.words(x).mean(1)))
+    x = tokens(5, 6, below=9)
+    found = fingerprints(net, x)
+    assert not torch.allclose(fingerprints(net, F.pad(x, (0, 3))), found)
+    # A bag of words: their order does not matter, but how often each occurs does.
+    torch.testing.assert_close(fingerprints(net, x.flip(1)), found)
+    torch.testing.assert_close(fingerprints(net, torch.cat([x, x], dim=1)), found)
+    one_by_one = torch.stack([fingerprints(net, x[:, i : i + 1]) for i in range(6)])
+    torch.testing.assert_close(found, one_by_one.mean(0))
+    apart = torch.cdist(fingerprints(net, torch.arange(9)[:, None]), one_by_one[0])
+    assert bool((apart.sort(dim=0).values[1:] > 1).all())  # each token is like itself alone
+
+
 # --- which layers ------------------------------------------------------------------------------
 
 
@@ -454,16 +512,18 @@ def test_layers_are_found_in_the_order_of_definition():
     layers = {
         "z": linear(2, 2),
         "bn": lambda: nn.BatchNorm1d(2),
-        "block": lambda: nn.Sequential(nn.Conv2d(1, 1, 1), nn.Linear(2, 2)),
+        "block": lambda: nn.Sequential(nn.Conv3d(2, 2, 1, groups=2), nn.Linear(2, 2)),
         "embedding": lambda: nn.Embedding(3, 2),
-        "a": linear(2, 2),
+        "ln": lambda: nn.LayerNorm(2),
+        "a": lambda: nn.Conv1d(2, 2, 1),
     }
     net = Net(layers, lambda net, x: x)
-    assert list(find_layers(net)) == ["z", "block.0", "block.1", "a"]
-    net.z.weight.requires_grad_(False)
+    assert list(find_layers(net)) == ["z", "block.0", "block.1", "embedding", "a"]
+    net.z.requires_grad_(False)
+    net.embedding.requires_grad_(False)
     assert list(find_layers(net)) == ["block.0", "block.1", "a"]
-    found = find_layers(net, ["z", "block.0"])
-    assert found == {"z": net.z, "block.0": net.block[0]}
+    found = find_layers(net, ["z", "block.0", "bn"])
+    assert list(found.items()) == [("z", net.z), ("block.0", net.block[0]), ("bn", net.bn)]
 
 
 def test_shared_layer_is_found_once():
@@ -477,11 +537,13 @@ def test_shared_layer_is_found_once():
     [
         lambda: nn.Sequential(nn.BatchNorm1d(3), nn.ReLU()),
         lambda: nn.Linear(2, 2).requires_grad_(False),
-        lambda: nn.Conv2d(2, 2, 1, groups=2),
+        lambda: nn.LSTM(2, 2),
+        lambda: nn.Embedding(3, 2, max_norm=1.0),
+        nn.ReLU,
     ],
 )
 def test_model_without_a_layer_to_capture_is_refused(make):
-    with pytest.raises(CaptureError, match=r"no trainable Linear or Conv2d.*layers=\[\.\.\.\]"):
+    with pytest.raises(CaptureError, match=r"no trainable layer .*Embedding; .*layers=\[\.\.\.\]"):
         find_layers(make())
 
 
@@ -491,17 +553,33 @@ def test_missing_name_is_refused_and_the_known_ones_are_listed():
         find_layers(net, ["a", "c"])
 
 
-@pytest.mark.parametrize(
-    ("make", "kind"),
-    [(nn.ReLU, "ReLU"), (lambda: nn.Conv2d(2, 2, 1, groups=2), "Conv2d")],
-)
-def test_name_of_a_layer_that_cannot_be_captured_is_refused(make, kind):
-    net = nn.Sequential(nn.Linear(2, 2), make())
-    with pytest.raises(CaptureError, match=f"'1' is a {kind}, which cannot be captured"):
-        find_layers(net, ["0", "1"])
+class WithOwnParameter(nn.Module):
+    """A block and a model of one: a parameter beside its layers."""
+
+    def __init__(self, *blocks):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+        self.layer = nn.Linear(2, 2)
+        self.blocks = nn.ModuleList(blocks)
 
 
-def test_grouped_convolution_is_left_out_with_a_warning():
-    net = nn.Sequential(nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1, groups=2))
-    with pytest.warns(UserWarning, match=r"groups are not captured.*\['1'\]"):
-        assert list(find_layers(net)) == ["0"]
+def test_all_that_trains_and_is_left_out_is_named_once():
+    net = WithOwnParameter(WithOwnParameter(), nn.LSTM(2, 2), nn.LayerNorm(2))
+    net.blocks[0].layer.weight.requires_grad_(False)  # its bias trains on
+    with pytest.warns(UserWarning, match="trainable parameters") as caught:
+        assert list(find_layers(net)) == ["layer"]
+    assert [str(warning.message) for warning in caught] == [
+        "trainable parameters of the module itself (a WithOwnParameter), blocks.0 (a "
+        "WithOwnParameter), blocks.0.layer (its weight is frozen), blocks.1 (a LSTM) are not "
+        "captured and do not count in any metric"
+    ]
+    net.requires_grad_(False)
+    net.layer.requires_grad_(True)
+    assert list(find_layers(net)) == ["layer"]  # what does not train is not missed
+
+
+def test_named_layers_are_found_without_a_warning():
+    net = WithOwnParameter(nn.LSTM(2, 2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert list(find_layers(net, ["layer"])) == ["layer"]

@@ -138,3 +138,28 @@ def test_global_random_state_is_not_touched(num_workers):
     before = torch.get_rng_state()
     load(range(6), num_workers=num_workers)
     assert torch.equal(before, torch.get_rng_state())
+
+
+class Batched(Dataset):
+    """Reads batches at once, unless one of some samples is in it."""
+
+    def __init__(self, bad):
+        self.bad = bad
+
+    def __getitem__(self, index):
+        if index in self.bad:
+            raise KeyError(index)
+        return torch.tensor(float(index))
+
+    def __getitems__(self, indices):
+        if self.bad & set(indices):
+            raise KeyError("some")
+        return [torch.tensor(float(index)) for index in indices]
+
+
+@pytest.mark.parametrize("bad", [set(), {3}])
+def test_a_batch_read_at_once_is_told_apart_where_that_fails(bad):
+    batches = list(load_batches(Batched(bad), torch.arange(6), default_collate, 4, 0))
+    read = torch.cat([batch.batch for batch in batches]).tolist()
+    assert read == [i for i in range(6) if i not in bad]
+    assert [entry.id for batch in batches for entry in batch.bad] == sorted(bad)

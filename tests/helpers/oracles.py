@@ -1,15 +1,56 @@
 """Slow and obviously right: every definition once more, one sample and one number at a time.
 
 Gradients come from ``torch.autograd.grad`` on batches of one. The metrics are written from the
-equations in the documentation, on plain Python floats, without calling the library.
+equations in the documentation, on plain Python floats, without calling the library. Assertions
+ask the library's objects everything that these can be asked.
 """
 
 import copy
 import math
 
 import torch
+from torch import nn
+
+from lightning_dvc.capture.gradients import restore
+
+# --- networks whose gradients are taken --------------------------------------------------------
+
+
+class Net(nn.Module):
+    """Layers by name and a forward pass given as a function; weights are drawn from a seed."""
+
+    def __init__(self, layers, forward):
+        super().__init__()
+        torch.manual_seed(0)
+        for name, make in layers.items():
+            self.add_module(name, make())
+        for parameter in self.parameters():  # so that no scale is 1 and no shift 0
+            parameter.data += torch.randn_like(parameter) / 5
+        self.double().eval()
+        self.run = forward
+
+    def forward(self, x):
+        return self.run(self, x)
+
+
+def normal(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+
+def tokens(*shape, below, seed=0):
+    return torch.randint(below, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def own_losses(net, x):
+    """Each sample's own loss, nonlinear in every output, whatever the shape of the output."""
+    outputs = net(x).flatten(1)
+    return torch.logsumexp(outputs, 1) + (outputs * torch.arange(outputs.shape[1])).cos().sum(1)
+
 
 # --- gradients ---------------------------------------------------------------------------------
+
+NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def per_sample_gradients(module, names, loss_of_one, *batch):
@@ -29,14 +70,17 @@ def per_sample_gradients(module, names, loss_of_one, *batch):
 
 
 def _full_gradients(loss, layers):
-    parameters = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
+    """Rows of outputs by columns of inputs, the bias last; of a norm a column of scales."""
+    kept = [(layer, layer.weight, getattr(layer, "bias", None)) for layer in layers]
+    parameters = [p for _, *pair in kept for p in pair if p is not None]
     gradients = iter(
         torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
     )
-    for layer in layers:
-        full = next(gradients).flatten(1)
-        if layer.bias is not None:
-            full = torch.cat([full, next(gradients)[:, None]], dim=1)
+    for layer, _, bias in kept:
+        weight = next(gradients)
+        full = weight.reshape(-1, 1) if isinstance(layer, NORMS) else weight.flatten(1)
+        if bias is not None:
+            full = torch.cat([full, next(gradients).reshape(-1, 1)], dim=1)
         yield full
 
 
@@ -65,29 +109,70 @@ def weighted_sum(weights, tensors):
 
 def assert_gradients(found, expected, seed=0):
     """Everything that captured gradients can be asked, against full ones, to 1e-10 relative."""
-    generator = torch.Generator().manual_seed(seed)
-    full = torch.randn(expected.shape[1:], generator=generator, dtype=torch.float64)
-    mixtures = torch.randn(len(expected), 3, generator=generator, dtype=torch.float64)
+    n = len(expected)
+    assert len(found) == n
+    assert found.full_shape == expected.shape[1:]
+    assert isinstance(found.form, str)
+    assert_answers(found, expected, seed)
+    assert_same(found.formed().gradients, expected)
+    assert_grams(found, found, expected, expected)
+    for index in (torch.arange(n).flip(0), torch.arange(n) % 2 == 0, slice(1, None)):
+        assert_same(found.rows(index).formed().gradients, expected[index])
+    one = expected[0].numel()
+    for size in (1, 2 * one, n * one):
+        assert_parts(found.parts(size), expected, seed)
+    kept = found.tensors()
+    assert all(len(tensor) == n for tensor in kept.values())
+    copies = {name: tensor.clone() for name, tensor in kept.items()}
+    assert_answers(restore(copies, found.rows(slice(0, 0))), expected, seed)
+
+
+def assert_answers(found, expected, seed=0):
+    """Norms, inner products and the sum."""
+    full = normal(*expected.shape[1:], seed=seed)
     lengths = [norm(g) for g in expected]
-    longest = max(lengths)
-    mixed = [weighted_sum(column, expected) for column in mixtures.T.tolist()]
-    assert len(found) == len(expected)
-    assert_near(found.squared_norms(), [inner(g, g) for g in expected], longest**2)
-    assert_near(found.dot(full), [inner(g, full) for g in expected], longest * norm(full))
-    for one_hot, g in zip(torch.eye(len(expected)), expected, strict=True):
-        torch.testing.assert_close(found.mixture(one_hot), g, rtol=0, atol=1e-10 * longest + 1e-300)
-    torch.testing.assert_close(
-        found.mixture(mixtures[:, 0]), mixed[0], rtol=0, atol=1e-10 * sum(lengths) + 1e-300
+    assert_near(found.squared_norms(), [inner(g, g) for g in expected], [x**2 for x in lengths])
+    slack = [(1 + 1e-12) * bound for bound in numbers(found.bound())]
+    assert all(inner(g, g) <= bound for g, bound in zip(expected, slack, strict=True))
+    assert_near(
+        found.dot(full), [inner(g, full) for g in expected], [x * norm(full) for x in lengths]
     )
-    products = [[inner(g, m) for m in mixed] for g in expected]
-    scale = longest * max(norm(m) for m in mixed)
-    assert_near(found.products(found, mixtures), products, scale)
+    into = full.clone()
+    found.accumulate(into)
+    total = weighted_sum([1] * len(expected), expected)
+    assert_near(into, full + total, sum(lengths, norm(full)))
+    assert_near(found.sum(), total, sum(lengths))
+
+
+def assert_parts(parts, expected, seed=0):
+    """Together all samples, in order, each part as good as the whole."""
+    seen = []
+    for rows, part in parts:
+        numbers_of_rows = range(len(expected))[rows]
+        assert len(part) == len(numbers_of_rows)
+        assert_answers(part, expected[rows], seed)
+        seen += numbers_of_rows
+    assert seen == list(range(len(expected)))
+
+
+def assert_grams(ours, theirs, expected, reference):
+    slow = [[inner(g, r) for r in reference] for g in expected]
+    scale = [[norm(g) * norm(r) for r in reference] for g in expected]
+    assert_near(ours.gram(theirs), slow, scale)
+
+
+def assert_same(found, expected):
+    """Gradients one by one, each to 1e-10 of its length."""
+    lengths = torch.tensor([norm(g) for g in expected], dtype=torch.float64)
+    assert_near(found, expected, lengths[:, None, None].expand_as(expected))
 
 
 def assert_near(found, expected, scale=1.0):
     """Within 1e-10 of the scale of what was added up, which cancellation can leave small."""
-    expected = torch.tensor(expected, dtype=torch.float64)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10 * scale + 1e-300)
+    expected = torch.as_tensor(expected, dtype=torch.float64)
+    assert found.shape == expected.shape
+    scale = torch.as_tensor(scale, dtype=torch.float64).clamp(min=1e-290)
+    torch.testing.assert_close(found / scale, expected / scale, rtol=0, atol=1e-10)
 
 
 # --- metrics of one layer ----------------------------------------------------------------------

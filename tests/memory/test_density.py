@@ -210,6 +210,12 @@ def test_an_estimate_that_misses_everything_near_is_raised_to_the_floor():
     assert 0 < raised < 20
 
 
+@pytest.mark.parametrize("kind", [ExactDensity, LSHDensity])
+def test_rounding_makes_no_kernel_larger_than_one(kind):
+    points = 10 * normal(50, 8)  # each far from all others, in bandwidths
+    assert (kind(points, 1e-8).log_density(points) <= -math.log(50) + 1e-6).all()
+
+
 def test_far_terms_do_not_underflow():
     points, query = torch.tensor([[1.0, 0.0], [-1.0, 0.0]] * 2), torch.tensor([[50.0, 0.0]])
     expected = torch.tensor([-(49.0**2) / 2 - math.log(2)])  # exp(-1200)

@@ -362,6 +362,49 @@ def test_metrics_that_are_not_needed_are_not_a_number_and_change_no_value(needs,
     assert torch.equal(found.values(weights, alpha), full.values(weights, alpha))
 
 
+class Large(Net):
+    """A layer with several positions, a few of whose gradients are asked at a time."""
+
+    def __init__(self, kind):
+        super().__init__(kind)
+        self.second, self.body = nn.Linear(12, 300), nn.Linear(300, 300)
+        self.head = nn.Linear(300, CLASSES)
+        self.double()
+
+    def stages(self, x):
+        maps = self.first(x).tanh()
+        hidden = self.second(maps.reshape(len(x), -1, 12)).tanh()
+        more = self.body(hidden).tanh().mean(1)
+        return [maps, hidden, more, self.head(more)]
+
+
+def test_a_batch_is_asked_in_parts_as_if_each_sample_came_alone():
+    net = Large("classes")
+    assert 2 * net.body.weight.numel() < 2**18 < 4 * net.body.weight.numel()
+    whole, single = (
+        Probe(net, resolve_objective(net), default_collate, batch_size=size) for size in (9, 1)
+    )
+    with undisturbed(net):
+        parts = [list(probe.capture(Samples(), torch.arange(9))) for probe in (whole, single)]
+    prepared = [
+        LayerStandards(1.0, 0.5, mean, ExactDensity(h, 0.5), mean.overall)
+        for h, mean in zip(
+            parts[0][0].representations, [means(parts[0], k) for k in range(4)], strict=True
+        )
+    ]
+    found, earned = [], []
+    for batches in parts:
+        rewards = ArmRewards(ARMS, [std.momentum for std in prepared])
+        arm_of = {i: i % 3 for i in range(9)}
+        scores = [measured(part, prepared, METRICS, rewards, arm_of) for part in batches]
+        found.append(join_scores(scores))
+        earned.append(rewards.rewards(Group()))
+    for name in FIELDS:
+        one, other = (getattr(scores, name) for scores in found)
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(*earned, rtol=1e-10, atol=0, equal_nan=True)
+
+
 def test_rewards_need_no_metric():
     reference, ids = mean_gradient("classes", REFERENCE), list(ARM_OF)
     rewards = ArmRewards(ARMS, reference)
