@@ -94,7 +94,7 @@ def _refusal(layer: nn.Module) -> str | None:
     kind = kind_of(layer)
     if kind is None:
         return f"a {type(layer).__name__}"
-    if is_lazy(getattr(layer, "weight", None)):
+    if any(is_lazy(parameter) for parameter in layer.parameters(recurse=False)):
         return "it is not initialised"
     return kind.refusal(layer)
 

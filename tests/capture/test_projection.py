@@ -145,10 +145,11 @@ def test_a_side_of_at_most_the_width_stays(shape, left_over):
     assert projected_identity(*shape, "layer").shape == left_over
 
 
-def test_a_side_that_stays_is_not_changed():
-    # Only rows are projected, so the columns of an outer product come back.
-    found = OuterProducts(normal(1, 1, 7), normal(1, 1, 300), bias=False)
-    gradient = Projection((300, 7), "layer")(found).formed().gradients[0]
+@pytest.mark.parametrize("columns", [7, WIDTH])
+def test_a_side_that_stays_is_not_changed(columns):
+    # Only rows are projected, so each is still a multiple of the one factor.
+    found = OuterProducts(normal(1, 1, columns), normal(1, 1, 300), bias=False)
+    gradient = Projection((300, columns), "layer")(found).formed().gradients[0]
     torch.testing.assert_close(
         torch.cosine_similarity(gradient, found.inputs[0], dim=1).abs(),
         torch.ones(WIDTH, dtype=torch.float64),
