@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_dvc.capture.gradients import (
-    PART,
     LayerGradients,
     Materialised,
     OuterProducts,
+    suitable_part,
 )
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -94,11 +94,14 @@ class Convolved(LayerGradients):
         return "patches, formed in parts"
 
     @override
-    def parts(self, numbers: int = PART) -> Iterator[tuple[slice, LayerGradients]]:
+    def parts(
+        self, numbers: int | None = None, order: Tensor | None = None
+    ) -> Iterator[tuple[slice | Tensor, LayerGradients]]:
         patch, positions = self.full_shape[1] * self._layer.groups, self.like.shape[2:].numel()
         # What is unfolded has to stay in the cache as well.
         unfolded = patch * positions // max(1, self.full_shape[0] * self.full_shape[1])
-        yield from super().parts(numbers // max(1, unfolded // 2))
+        numbers = suitable_part(self.like.device) if numbers is None else numbers
+        yield from super().parts(numbers // max(1, unfolded // 4), order)
 
     @override
     def squared_norms(self) -> Tensor:

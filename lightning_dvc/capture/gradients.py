@@ -21,10 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
-# Numbers formed at a time: 1 MiB of float32. On two CPU cores with 1 MiB of second-level cache
-# each, a transformer's layers took 10% to 60% longer with 4 MiB, a convolution's twice as long
-# with 16 MiB.
-PART: Final = 2**18
+# Numbers formed at a time on a CPU, by each thread where there are several: 2 to 4 MiB of float32,
+# so that what is formed stays in the cache. Measured with examples/bench: a convolutional network
+# takes twice as long with 16 MiB; a transformer on two threads a third longer with half as many,
+# whose products then run on one of them.
+_PART: Final = 2**19
+_PART_PER_THREAD: Final = 2**20
+# On an accelerator, where the number of calls is what costs.
+_PART_ON_DEVICE: Final = 2**26
 # Of a Gram block, whose other side is formed anew for each part of this one.
 _GRAM_PART: Final = 2**23
 
@@ -91,18 +95,23 @@ class LayerGradients(ABC):
     def tensors(self) -> dict[str, Tensor]:
         """What the gradients are made of, each ``(n, ...)``, for a cache; see :func:`restore`."""
 
-    def parts(self, numbers: int = PART) -> Iterator[tuple[slice, "LayerGradients"]]:
+    def parts(
+        self, numbers: int | None = None, order: Tensor | None = None
+    ) -> Iterator[tuple[slice | Tensor, "LayerGradients"]]:
         """Split the samples so that several questions to each part cost least.
 
         Args:
-            numbers: How many numbers one part may form.
+            numbers: How many numbers one part may form; as many as suit the device, when not given.
+            order: ``(n,)`` a permutation, the order in which samples come; as they are, when not
+                given.
 
         Yields:
-            A range of samples and their gradients; together all samples, in order.
+            Which samples, and their gradients; together all samples.
         """
+        numbers = suitable_part(self.like.device) if numbers is None else numbers
         size = max(1, numbers // max(1, self.full_shape[0] * self.full_shape[1]))
         for start in range(0, max(1, len(self)), size):  # one part of no samples, if there are none
-            rows = slice(start, start + size)
+            rows = slice(start, start + size) if order is None else order[start : start + size]
             yield rows, self.rows(rows).formed()
 
     def gram(self, other: "LayerGradients") -> Tensor:
@@ -221,11 +230,13 @@ class OuterProducts(LayerGradients):
         return (inputs * self.deltas.square().sum(2)).sqrt().sum(1).square()
 
     @override
-    def parts(self, numbers: int = PART) -> Iterator[tuple[slice, LayerGradients]]:
+    def parts(
+        self, numbers: int | None = None, order: Tensor | None = None
+    ) -> Iterator[tuple[slice | Tensor, LayerGradients]]:
         if self.positions == 1:
-            yield slice(0, len(self)), self
+            yield _whole(self, order)
         else:
-            yield from super().parts(numbers)
+            yield from super().parts(numbers, order)
 
     @override
     def tensors(self) -> dict[str, Tensor]:
@@ -377,8 +388,10 @@ class Scattered(LayerGradients):
         return self.deltas.square().sum(2).sqrt().sum(1).square()
 
     @override
-    def parts(self, numbers: int = PART) -> Iterator[tuple[slice, LayerGradients]]:
-        yield slice(0, len(self)), self
+    def parts(
+        self, numbers: int | None = None, order: Tensor | None = None
+    ) -> Iterator[tuple[slice | Tensor, LayerGradients]]:
+        yield _whole(self, order)
 
     @override
     def gram(self, other: LayerGradients) -> Tensor:
@@ -446,6 +459,23 @@ def _block(mine: LayerGradients, theirs: LayerGradients) -> Tensor:
         inputs = mine.inputs.squeeze(1) @ theirs.inputs.squeeze(1).T + float(mine.bias)
         return inputs * (mine.deltas.squeeze(1) @ theirs.deltas.squeeze(1).T)
     return mine.formed().gradients.flatten(1) @ theirs.formed().gradients.flatten(1).T
+
+
+def suitable_part(device: torch.device) -> int:
+    """How many numbers to form at a time on a device."""
+    if device.type != "cpu":
+        return _PART_ON_DEVICE
+    threads = torch.get_num_threads()
+    return _PART if threads == 1 else threads * _PART_PER_THREAD
+
+
+def _whole(
+    gradients: LayerGradients, order: Tensor | None
+) -> tuple[slice | Tensor, LayerGradients]:
+    """The one part of gradients that need not be formed."""
+    if order is None:
+        return slice(0, len(gradients)), gradients
+    return order, gradients.rows(order)
 
 
 def _on(index: Tensor | slice, like: Tensor) -> Tensor | slice:

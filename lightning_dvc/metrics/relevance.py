@@ -16,7 +16,6 @@ from typing_extensions import override
 
 from lightning_dvc.capture.gradients import (
     LayerGradients,
-    Materialised,
     OuterProducts,
     concatenate,
 )
@@ -72,6 +71,38 @@ class RelevanceReference:
     means: list[MeanGradient]
     column: Tensor
 
+    def columns(self, labels: Tensor) -> Tensor:
+        """Which of the means each of ``(n,)`` labels uses, ``(n,)``."""
+        return self.column[torch.where(labels < len(self.column) - 1, labels, -1)]
+
+    def products(self, gradients: LayerGradients, columns: Tensor) -> Tensor:
+        """Inner product of each gradient with one of the means.
+
+        Args:
+            gradients: Gradients of ``n`` samples.
+            columns: ``(n,)`` which mean; cheapest where equal ones follow each other.
+
+        Returns:
+            ``(n,)``.
+        """
+        found = [self.means[number].products(own) for number, own in runs(gradients, columns)]
+        return torch.cat(found) if found else gradients.like.new_zeros(0)
+
+    def cosines(self, products: Tensor, squared_norms: Tensor, columns: Tensor) -> Tensor:
+        """Equation 8 from inner products.
+
+        Args:
+            products: ``(n,)`` from :meth:`products`.
+            squared_norms: ``(n,)`` of the samples' gradients.
+            columns: ``(n,)`` which mean.
+
+        Returns:
+            ``(n,)`` in ``[-1, 1]``; 0 where either gradient vanishes.
+        """
+        norms = torch.stack([mean.norm for mean in self.means])[columns.to(products.device)]
+        lengths = squared_norms.clamp(min=0).sqrt() * norms
+        return torch.where(lengths > 0, products / lengths, 0.0).clamp(-1, 1)
+
 
 class ReferenceGradients:
     """Takes in the reference gradients of one layer, batch by batch.
@@ -110,8 +141,8 @@ class ReferenceGradients:
         self._sum_up(gradients, labels)
 
     def _sum_up(self, gradients: LayerGradients, labels: Tensor) -> None:
-        for rows, part in gradients.parts():
-            for label, _, own in split_by(part, labels[rows]):
+        for rows, part in gradients.parts(order=labels.argsort(stable=True)):
+            for label, own in runs(part, labels[rows]):
                 if label not in self._sums:
                     self._sums[label] = own.sum()
                 else:
@@ -165,41 +196,25 @@ def relevance(gradients: LayerGradients, labels: Tensor, reference: RelevanceRef
         >>> relevance(g, none, seen.means())
         tensor([1., 0.])
     """
-    known = torch.where(labels < len(reference.column) - 1, labels, -1)
-    column = reference.column[known]
+    columns = reference.columns(labels)
     products = torch.empty_like(squared := gradients.squared_norms())
-    for number, rows, own in split_by(gradients, column):
-        products[rows] = reference.means[number].products(own)
-    norms = torch.stack([mean.norm for mean in reference.means])[column.to(squared.device)]
-    lengths = squared.clamp(min=0).sqrt() * norms
-    return torch.where(lengths > 0, products / lengths, 0.0).clamp(-1, 1)
+    for rows, part in gradients.parts(order=columns.argsort(stable=True)):
+        products[rows] = reference.products(part, columns[rows])
+    return reference.cosines(products, squared, columns)
 
 
-def split_by(
-    gradients: LayerGradients, groups: Tensor
-) -> Iterator[tuple[int, Tensor | slice, LayerGradients]]:
-    """Gradients by group.
+def runs(gradients: LayerGradients, groups: Tensor) -> Iterator[tuple[int, LayerGradients]]:
+    """Gradients in runs of one group, as they stand, without copying any.
 
     Args:
         gradients: Gradients of ``n`` samples.
         groups: ``(n,)`` int64.
 
     Yields:
-        A group, where some of its samples stand, and their gradients; all samples, once each.
-        Formed gradients come in runs of one group as they stand, without being copied.
+        A group and the gradients of the next samples, which are all of this group.
     """
-    if isinstance(gradients, Materialised):
-        values, lengths = torch.unique_consecutive(groups, return_counts=True)
-        start = 0
-        for group, length in zip(values.tolist(), lengths.tolist(), strict=True):
-            run = slice(start, start + length)
-            yield group, run, gradients.rows(run)
-            start += length
-        return
-    present = sorted(set(groups.tolist()))
-    for group in present:
-        if len(present) == 1:
-            yield group, slice(None), gradients
-            return
-        rows = (groups == group).nonzero().squeeze(1)
-        yield group, rows, gradients.rows(rows)
+    values, lengths = torch.unique_consecutive(groups, return_counts=True)
+    start = 0
+    for group, length in zip(values.tolist(), lengths.tolist(), strict=True):
+        yield group, gradients.rows(slice(start, start + length))
+        start += length

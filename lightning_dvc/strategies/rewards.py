@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_dvc.capture.gradients import LayerGradients
 from lightning_dvc.distributed import Group
-from lightning_dvc.metrics.relevance import split_by
+from lightning_dvc.metrics.relevance import runs
 
 
 class ArmRewards:
@@ -34,9 +34,9 @@ class ArmRewards:
         Args:
             layer: Number of the layer.
             gradients: Gradients of ``n`` candidates.
-            arms: ``(n,)`` the source of each.
+            arms: ``(n,)`` the source of each; cheapest where equal ones follow each other.
         """
-        for arm, _, own in split_by(gradients, arms):
+        for arm, own in runs(gradients, arms):
             if (layer, arm) not in self._batch:
                 self._batch[layer, arm] = own.sum()
             else:

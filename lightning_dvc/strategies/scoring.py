@@ -12,7 +12,7 @@ from lightning_dvc.memory.near_duplicates import N_TABLES
 from lightning_dvc.metrics.diversity import Density, diversity
 from lightning_dvc.metrics.gradient_impact import gradient_impact
 from lightning_dvc.metrics.quality import quality
-from lightning_dvc.metrics.relevance import RelevanceReference, relevance
+from lightning_dvc.metrics.relevance import RelevanceReference
 from lightning_dvc.metrics.stability import stability
 from lightning_dvc.metrics.uncertainty import spread, uncertainty
 from lightning_dvc.metrics.value import dvc_value, rank_normalise
@@ -122,7 +122,7 @@ def score(
     arms: Tensor,
     *,
     needs: Set[str],
-    rewards: ArmRewards,
+    rewards: ArmRewards | None = None,
 ) -> Scores:
     """Measure the metrics of a batch, and what its gradients say about their sources.
 
@@ -132,7 +132,7 @@ def score(
         codes: ``(n, tables)`` hash codes of the candidates' features.
         arms: ``(n,)`` the source of each candidate.
         needs: Metrics to measure; the others come out as NaN.
-        rewards: Takes in the batch.
+        rewards: Takes in the batch, if given.
 
     Returns:
         The raw metrics, in float32.
@@ -168,26 +168,31 @@ def _ask_gradients(
     standards: Sequence[LayerStandards],
     arms: Tensor,
     needs: Set[str],
-    rewards: ArmRewards,
+    rewards: ArmRewards | None,
 ) -> tuple[list[Tensor], Tensor]:
     """Relevance of each layer, and the ``(n, L)`` products with the momentum.
 
     Everything is asked of one part of the samples before the next, while it is in the cache.
     """
-    n, device = len(captured), captured.losses.device
-    products = torch.zeros(n, len(standards), device=device)
-    relevances = []
+    labels, relevances = captured.labels, []
+    momenta = captured.losses.new_zeros(len(captured), len(standards))
+    # Samples of one source, and in it of one class, follow each other.
+    order = (arms * (len(standards[0].relevance.column) + 1) + labels).argsort(stable=True)
     for number, (layer, std) in enumerate(zip(captured.gradients, standards, strict=True)):
-        found = torch.zeros(n, device=device)
-        for rows, part in layer.parts():
+        columns = std.relevance.columns(labels)
+        squared, products = (layer.like.new_zeros(len(captured)) for _ in range(2))
+        for rows, part in layer.parts(order=order):
             if "relevance" in needs:
-                found[rows] = relevance(part, captured.labels[rows], std.relevance).float()
+                squared[rows] = part.squared_norms()
+                products[rows] = std.relevance.products(part, columns[rows])
             if std.momentum is not None:
-                products[rows, number] = part.dot(std.momentum).float()
-            rewards.add(number, part, arms[rows])
-        relevances.append(found)
-    rewards.close(arms)
-    return relevances, products
+                momenta[rows, number] = part.dot(std.momentum).to(momenta)
+            if rewards is not None:
+                rewards.add(number, part, arms[rows])
+        relevances.append(std.relevance.cosines(products, squared, columns).float())
+    if rewards is not None:
+        rewards.close(arms)
+    return relevances, momenta
 
 
 def _uncertainty(captured: Captured) -> Tensor:
