@@ -119,6 +119,7 @@ class _Calls:
 
     kind: LayerKind
     inputs: list[Tensor]
+    versions: list[int]
     outputs: list[Tensor]
     edges: list[GradientEdge]
     returned: Tensor
@@ -196,8 +197,9 @@ class LayerCapture:
             _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor
         ) -> Tensor | None:
             received = args[0] if args else kwargs["input"]
-            calls = self._calls.setdefault(name, _Calls(kind, [], [], [], out))
+            calls = self._calls.setdefault(name, _Calls(kind, [], [], [], [], out))
             calls.inputs.append(received.detach())
+            calls.versions.append(received._version)
             calls.outputs.append(out.detach())
             # Averaged at once, since an in-place activation would overwrite it.
             calls.returned = _averaged_output(kind, self._layers[name], out.detach())
@@ -221,11 +223,21 @@ class LayerCapture:
 
         Returns:
             One entry per layer, in the order of :attr:`reached`.
+
+        Raises:
+            CaptureError: If the forward pass has overwritten what a layer received.
         """
         edges = [edge for calls in self._calls.values() for edge in calls.edges]
         deltas = iter(torch.autograd.grad(losses.sum(), edges, allow_unused=True))
         found = []
         for name, calls in self._calls.items():
+            # Autograd minds this itself, but not where the layer's weight is frozen.
+            if [x._version for x in calls.inputs] != calls.versions:
+                raise CaptureError(
+                    f"what the layer {name!r} received was overwritten later in the forward pass, "
+                    "so its gradients are unknown; replace the in-place operation, or name other "
+                    "layers with layers=[...]"
+                )
             own = [
                 torch.zeros_like(output) if delta is None else delta.reshape(output.shape)
                 for output, delta in zip(calls.outputs, deltas, strict=False)

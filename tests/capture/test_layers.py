@@ -583,3 +583,17 @@ def test_named_layers_are_found_without_a_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert list(find_layers(net, ["layer"])) == ["layer"]
+
+
+def test_an_input_that_is_overwritten_is_refused():
+    def overwrite(net, x):
+        hidden = net.first(x)
+        out = net.frozen(hidden)
+        hidden.mul_(2)
+        return out + hidden
+
+    net = Net({"first": linear(3, 3), "frozen": linear(3, 3)}, overwrite)
+    net.frozen.requires_grad_(False)
+    recorder, losses = capture(net, normal(4, 3), ["first", "frozen"])
+    with pytest.raises(CaptureError, match="'frozen' received was overwritten"):
+        recorder.gradients(losses)

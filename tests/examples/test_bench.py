@@ -1,0 +1,76 @@
+import pytest
+import torch
+
+from examples.bench import exactness
+from examples.bench.measure import Figure, medians
+from examples.bench.models import CASES, Model
+from examples.bench.scoring import EVERY, Bench, vmapped
+
+
+@pytest.mark.parametrize(
+    ("figure", "line"),
+    [
+        (Figure("a", 1.5, at_most=1.0), "a 1.5 ratio <= 1 SHORT"),
+        (Figure("a", 1.0, at_most=1.0), "a 1 ratio <= 1 ok"),
+        (Figure("b", 2e6, "rows/s", at_least=1e6), "b 2e+06 rows/s >= 1e+06 ok"),
+        (Figure("b", 4.0, at_least=5), "b 4 ratio >= 5 SHORT"),
+        (Figure("c", 0.25), "c 0.25 ratio"),
+    ],
+)
+def test_lines_tell_whether_the_target_is_met(figure, line):
+    assert str(figure).split() == line.split()
+
+
+def test_functions_take_turns():
+    calls = []
+    times = medians(lambda: calls.append("a"), lambda: calls.append("b"), repeats=2)
+    assert calls == ["a", "b"] * 3
+    assert len(times) == 2
+
+
+def test_every_type_of_layer_is_exact():
+    figures = list(exactness.figures())
+    assert len(figures) > 10
+    assert [figure for figure in figures if not figure.value <= 1e-10] == []
+
+
+def test_an_error_shows():
+    layer = torch.nn.Linear(3, 2).double()
+    x = torch.randn(4, 3, dtype=torch.float64)
+    assert exactness.error(layer, x) < 1e-10
+    layer.register_forward_hook(lambda _, args, out: out * 1.01)
+    assert exactness.error(layer, x) > 1e-4
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_models_train_and_are_scored(name):
+    case = CASES[name]
+    small = type(case)(case.make, case.shape, 8)
+    bench = Bench(small)
+    before = [p.clone() for p in bench.module.parameters()]
+    bench.step()
+    assert any(
+        not torch.equal(p, q) for p, q in zip(before, bench.module.parameters(), strict=True)
+    )
+    (scores,) = bench.score(EVERY, bench.snapshots)
+    assert len(scores) == 8
+    assert scores.raw().isfinite().all()
+    bench.candidates()
+
+
+def test_what_vmap_forms_is_what_is_asked_of_the_factors():
+    bench = Bench(CASES["mlp"])
+    (captured,) = bench.probe.look(bench.loaded)
+    found = vmapped(bench)
+    per_layer = len(found) // len(captured.gradients)
+    for number, layer in enumerate(captured.gradients):
+        norms = found[number * per_layer]
+        torch.testing.assert_close(layer.squared_norms().sqrt(), norms, rtol=1e-3, atol=1e-6)
+        overall = bench.standards[number].relevance.overall
+        torch.testing.assert_close(
+            layer.dot(overall), found[number * per_layer + 1], rtol=1e-3, atol=1e-6
+        )
+
+
+def test_the_model_is_a_plain_module():
+    assert isinstance(Model(CASES["mlp"].make()).configure_optimizers(), torch.optim.Adam)
