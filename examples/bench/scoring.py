@@ -27,7 +27,6 @@ from lightning_dvc.strategies.observer import DENSITY_SIZE
 from lightning_dvc.strategies.rewards import ArmRewards
 from lightning_dvc.strategies.scoring import LayerStandards, Scores, score
 
-_N_REFERENCE = 1000
 _N_SNAPSHOTS = 3
 EVERY = frozenset(METRICS)
 DEFAULT = FixedWeights(DEFAULT_WEIGHTS).measures
@@ -39,9 +38,10 @@ class Bench:
 
     Args:
         case: The model and its samples.
+        n_reference: Reference samples, which stand for the selected ones too.
     """
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, n_reference: int = 1000) -> None:
         torch.manual_seed(0)
         self.module = Model(case.make())
         self.x, self.y = case.samples(case.batch_size, seed=0)
@@ -58,7 +58,7 @@ class Bench:
         self._near = NearDuplicates(max_angle=0.1, seed=0)
         self._codes = torch.zeros(case.batch_size, N_TABLES, dtype=torch.int64)
         with undisturbed(self.module):
-            self.standards = self._standards(case)
+            self.standards = self._standards(case, n_reference)
 
     def step(self) -> None:
         """Forward, backward, Adam."""
@@ -89,7 +89,7 @@ class Bench:
                 self._near.codes(captured.fingerprints)
                 self.measure(captured, DEFAULT, rewards)
 
-    def _standards(self, case: Case) -> list[LayerStandards]:
+    def _standards(self, case: Case, n_reference: int) -> list[LayerStandards]:
         seen: list[ReferenceGradients] = []
 
         def take(captured: Captured) -> None:
@@ -97,8 +97,8 @@ class Bench:
             for layer, gradients in zip(seen, captured.gradients, strict=True):
                 layer.add(gradients, captured.labels)
 
-        dataset = TensorDataset(*case.samples(_N_REFERENCE, seed=1))
-        captured = self.probe.capture_all(dataset, torch.arange(_N_REFERENCE), take)
+        dataset = TensorDataset(*case.samples(n_reference, seed=1))
+        captured = self.probe.capture_all(dataset, torch.arange(n_reference), take)
         found = []
         for layer, h in zip(seen, captured.representations, strict=True):
             means, norms, points = layer.means(), h.norm(dim=1), h[:DENSITY_SIZE]

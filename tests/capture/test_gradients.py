@@ -112,7 +112,7 @@ def test_norms_of_long_and_short_sequences(positions, bias):
 def test_gradients_too_large_to_be_formed_at_once():
     # Each part holds one sample or two.
     for form in ("factors", "convolved"):
-        shape = {"n": 3, "positions": 3, "d_in": 300, "d_out": 300, "bias": True, "seed": 0}
+        shape = {"n": 3, "positions": 3, "d_in": 500, "d_out": 500, "bias": True, "seed": 0}
         found, expected = draw(form, **shape)
         assert len(list(found.parts())) > 1
         full = normal(*found.full_shape)
