@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Final, Literal
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -43,6 +44,10 @@ class DVCCallback(Callback):
         every_n_epochs: Epochs from one round to the next, at least 1. When not given, as many that
             the rounds end within two thirds of ``max_epochs``; 1 in a run of fewer epochs, or
             one without ``max_epochs``.
+        max_overhead: Share of the run's wall time that selection may take, in ``(0, 1]``. While it
+            has taken more, a round that is due is left out, and those that follow add more; the
+            first and the last always take place. The log says how many were left out. Which ones
+            depends on the clock, so such a run cannot be repeated exactly. No limit when not given.
         objective: A function ``(module, batch)`` that returns per-sample ``(losses, outputs)`` or
             ``(losses, outputs, targets)``; needed only for a ``training_step`` whose loss is not
             made of torch's loss functions, or that optimises manually. A method
@@ -72,6 +77,7 @@ class DVCCallback(Callback):
         monitor: str | None = None,
         mode: Literal["max", "min"] = "max",
         every_n_epochs: int | None = None,
+        max_overhead: float | None = None,
         objective: UserObjective | None = None,
         layers: Sequence[str] | None = None,
         score_batch_size: int | Literal["auto"] = "auto",
@@ -85,6 +91,12 @@ class DVCCallback(Callback):
                 every_n_epochs,
                 every_n_epochs is None or every_n_epochs >= 1,
                 "at least 1",
+            ),
+            (
+                "max_overhead",
+                max_overhead,
+                max_overhead is None or 0 < max_overhead <= 1,
+                "in (0, 1], or None",
             ),
             (
                 "score_batch_size",
@@ -110,6 +122,7 @@ class DVCCallback(Callback):
         self.monitor = monitor
         self.mode = mode
         self.every_n_epochs = every_n_epochs
+        self.max_overhead = max_overhead
         self.objective = objective
         self.layers = layers
         self.score_batch_size = score_batch_size
@@ -117,6 +130,7 @@ class DVCCallback(Callback):
         self.on_bad_sample = on_bad_sample
         self.watch = Stopwatch()
         self.rounds_done = 0
+        self.rounds_left_out = 0
         self._last_epoch = -1
         self._n_rounds = 0
         self._period = 1
@@ -124,6 +138,7 @@ class DVCCallback(Callback):
         self._stage: str | None = None
         self._probe: Probe | None = None
         self._started = 0.0
+        self._seconds_before = 0.0  # of training, in the run that was resumed
         self._warned = False
 
     @override
@@ -215,8 +230,11 @@ class DVCCallback(Callback):
         if not self._is_due(datamodule, epoch):
             return
         probe = self._ready_probe
-        number = self.rounds_done + 1
         group = Group(trainer.global_rank, trainer.world_size)
+        if self._is_too_dear(group):
+            self._leave_out(trainer, epoch)
+            return
+        number = self.rounds_done + 1
         this = Round(
             number=number,
             n_rounds=self._n_rounds,
@@ -284,7 +302,9 @@ class DVCCallback(Callback):
             "n_rounds": self._n_rounds,
             "period": self._period,
             "last_epoch": self._last_epoch,
+            "rounds_left_out": self.rounds_left_out,
             "seconds": dict(self.watch.seconds),
+            "training_seconds": self._training_seconds,
         }
 
     @override
@@ -297,7 +317,9 @@ class DVCCallback(Callback):
         self._n_rounds = state_dict["n_rounds"]
         self._period = state_dict["period"]
         self._last_epoch = state_dict["last_epoch"]
+        self.rounds_left_out = state_dict["rounds_left_out"]
         self.watch.seconds = dict(state_dict["seconds"])
+        self._seconds_before = state_dict["training_seconds"]
 
     @property
     def _ready_probe(self) -> Probe:
@@ -330,6 +352,37 @@ class DVCCallback(Callback):
         is_time = epoch != self._last_epoch and epoch % self._period == 0
         return is_time and not datamodule.is_adopted and (wanted or self.strategy.refines)
 
+    @property
+    def _training_seconds(self) -> float:
+        """Wall time since training began, without the time between a run and its resumption."""
+        now = time.perf_counter() - self._started if self._started else 0.0
+        return self._seconds_before + now
+
+    @property
+    def _time_share(self) -> float:
+        return self.watch.total / max(self._training_seconds, self.watch.total, 1e-9)
+
+    def _is_too_dear(self, group: Group) -> bool:
+        """Whether to leave out a round that is due; all processes come to the same answer."""
+        is_first, is_last = self.rounds_done == 0, self.rounds_done == self._n_rounds - 1
+        if self.max_overhead is None or is_first or is_last:
+            return False
+        share = torch.tensor(self._time_share, device=self._ready_probe.device)
+        return float(group.sum(share)) > self.max_overhead * group.world_size
+
+    def _leave_out(self, trainer: Trainer, epoch: int) -> None:
+        """Skip a round; what it would have added is left to those that follow."""
+        self._last_epoch = epoch
+        if self.rounds_done < self._n_rounds:  # later ones only refine
+            self._n_rounds -= 1
+        self.rounds_left_out += 1
+        figures = {
+            "dvc/rounds_left_out": float(self.rounds_left_out),
+            "dvc/selection_time_share": self._time_share,
+        }
+        for logger in trainer.loggers:
+            logger.log_metrics(figures, step=trainer_bridge.steps_so_far(trainer))
+
     def _take_bad(self, group: Group) -> list[BadSample]:
         """Samples that could not be scored on any process, each once."""
         found = [(sample.id, sample.reason) for sample in self._ready_probe.bad]
@@ -350,7 +403,6 @@ class DVCCallback(Callback):
     def _log(self, trainer: Trainer, datamodule: DVCDataModule, choice: Choice) -> None:
         counts = datamodule.arm_counts()
         total = max(int(counts.sum()), 1)
-        elapsed = time.perf_counter() - self._started
         figures: dict[str, float] = {
             "round": self.rounds_done,
             "selected": total,
@@ -358,7 +410,8 @@ class DVCCallback(Callback):
             "taken_back": len(choice.remove),
             "set_aside": datamodule.n_set_aside,
             "selection_seconds": self.watch.total,
-            "selection_time_share": self.watch.total / max(elapsed, self.watch.total),
+            "selection_time_share": self._time_share,
+            "rounds_left_out": self.rounds_left_out,
             **choice.figures,
         }
         for name, count in zip(datamodule.pools.names, counts.tolist(), strict=True):

@@ -489,9 +489,9 @@ def test_figures_of_every_round_reach_the_logger(tmp_path):
     assert callback.watch.seconds.keys() >= {"examine", "draw", "score", "choose", "learn", "apply"}
 
 
-def logged(folder):
+def logged(folder, having="dvc/round"):
     with (folder / "run" / "metrics.csv").open(newline="") as file:
-        return [row for row in csv.DictReader(file) if row["dvc/round"]]
+        return [row for row in csv.DictReader(file) if row[having]]
 
 
 def test_only_what_has_a_weight_is_measured_and_logged(tmp_path):
@@ -749,3 +749,55 @@ def test_nothing_is_taken_back_that_the_budget_needs():
         make({"good": good(60), "wrong": wrong(60)}, budget=1.0, rounds=6), max_epochs=9
     )
     assert len(datamodule.selected_ids) == 120
+
+
+# --- selection that takes too much of the time -------------------------------------------------
+
+
+def test_rounds_that_take_too_much_time_are_left_out_but_the_budget_is_spent(tmp_path):
+    sizes, callback = Sizes(), DVCCallback(max_overhead=1e-9)
+    datamodule, net, _ = fit(
+        make(rounds=5),
+        callback=callback,
+        callbacks=[sizes],
+        max_epochs=7,
+        logger=CSVLogger(tmp_path, name="run", version=""),
+    )
+    assert (callback.rounds_done, callback.rounds_left_out) == (2, 3)
+    assert sizes.selected[0] == sizes.selected[3] < sizes.selected[4] == 120
+    assert [sum(batches) for batches in net.seen.values()] == sizes.selected
+    left_out = [
+        float(row["dvc/rounds_left_out"]) for row in logged(tmp_path, "dvc/rounds_left_out")
+    ]
+    assert left_out == [0, 1, 2, 3, 3]
+    assert len(datamodule.selected_ids) == 120
+
+
+def test_all_the_time_there_is_leaves_no_round_out():
+    callback = DVCCallback(max_overhead=1.0)
+    fit(make(rounds=5), callback=callback, max_epochs=7)
+    assert (callback.rounds_done, callback.rounds_left_out) == (5, 0)
+
+
+def test_refinement_that_takes_too_much_time_is_left_out_and_plans_stay():
+    callback = DVCCallback(DVC(refine=True), max_overhead=1e-9)
+    datamodule, _, _ = fit(make(rounds=3), callback=callback, max_epochs=7)
+    assert (callback.rounds_done, callback.rounds_left_out) == (2, 5)
+    assert callback.state_dict()["n_rounds"] == 2
+    assert len(datamodule.selected_ids) == 120
+
+
+def test_time_goes_on_where_a_run_was_interrupted():
+    callback = DVCCallback()
+    fit(make(rounds=3), callback=callback, max_epochs=3)
+    state = callback.state_dict()
+    resumed = DVCCallback()
+    resumed.load_state_dict(state)
+    assert resumed.state_dict()["training_seconds"] == state["training_seconds"] > 0
+    assert resumed.watch.total == pytest.approx(sum(state["seconds"].values()))
+
+
+@pytest.mark.parametrize("share", [0, -0.1, 1.5, float("nan")])
+def test_shares_of_time_out_of_range_are_refused(share):
+    with pytest.raises(ConfigurationError, match="max_overhead"):
+        DVCCallback(max_overhead=share)
