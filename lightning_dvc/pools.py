@@ -6,6 +6,7 @@ drawn, not to the size of the pool, until fewer than one sample in 16 of a sourc
 draw looks through its bytes.
 """
 
+import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -42,10 +43,13 @@ class Source:
         dataset: A map-style dataset: ``__len__`` and ``__getitem__``.
         min_share: Least share of what is selected that comes from here, in ``[0, 1]``.
         max_share: Largest share of what is selected that comes from here, in ``[0, 1]``.
+        cost: What one sample costs relative to those of the other sources, for example to label
+            it; positive and finite. Candidates are divided over the sources by what they are worth
+            per cost. The budget stays a number of samples, whatever they cost.
 
     Raises:
-        ConfigurationError: If the dataset is not map-style, or the shares are not
-            ``0 <= min_share <= max_share <= 1``.
+        ConfigurationError: If the dataset is not map-style, the shares are not
+            ``0 <= min_share <= max_share <= 1``, or the cost is out of its range.
 
     Example:
         >>> from torch.utils.data import TensorDataset
@@ -56,6 +60,7 @@ class Source:
     dataset: AnyDataset
     min_share: float = 0.0
     max_share: float = 1.0
+    cost: float = 1.0
 
     def __post_init__(self) -> None:
         kind = type(self.dataset).__name__
@@ -69,6 +74,11 @@ class Source:
             raise ConfigurationError(
                 "shares of a source must satisfy 0 <= min_share <= max_share <= 1, but got "
                 f"min_share={self.min_share}, max_share={self.max_share}"
+            )
+        if not 0 < self.cost < math.inf:
+            raise ConfigurationError(
+                f"cost of a source must be positive and finite, but is {self.cost!r}; give what "
+                "one of its samples costs, in the unit of the other sources' costs"
             )
 
     def __len__(self) -> int:

@@ -351,6 +351,17 @@ def test_shares_out_of_order_are_refused(least, most):
         Source(Numbered(1), min_share=least, max_share=most)
 
 
+@pytest.mark.parametrize("cost", [0, -1.0, math.inf, math.nan])
+def test_costs_out_of_range_are_refused(cost):
+    with pytest.raises(ConfigurationError, match=f"cost of a source .* but is {cost}; give what"):
+        Source(Numbered(1), cost=cost)
+
+
+def test_a_sample_costs_one_unless_told_otherwise():
+    pools = Pools({"plain": Numbered(1), "dear": Source(Numbered(1), cost=2.5)})
+    assert [source.cost for source in pools.sources.values()] == [1.0, 2.5]
+
+
 def test_no_source_is_refused():
     with pytest.raises(ConfigurationError, match="sources is empty"):
         Pools({})

@@ -1,13 +1,15 @@
-"""Which source deserves the next candidates: a discounted upper-confidence-bound bandit (5.5).
+"""Which source deserves the next candidates: an upper-confidence-bound bandit that forgets (5.5).
 
-The arms are the sources. A source's worth drifts while the model learns, hence the discount:
-Garivier and Moulines, "On upper-confidence bound policies for switching bandit problems", ALT 2011.
-Without a discount it is UCB1: Auer, Cesa-Bianchi and Fischer, "Finite-time analysis of the
-multiarmed bandit problem", Machine Learning 47, 2002.
+The arms are the sources. A source's worth drifts while the model learns, hence the discount or the
+sliding window: Garivier and Moulines, "On upper-confidence bound policies for switching bandit
+problems", ALT 2011. Without either it is UCB1: Auer, Cesa-Bianchi and Fischer, "Finite-time
+analysis of the multiarmed bandit problem", Machine Learning 47, 2002. Arms of unequal cost are
+ordered by upper confidence bound over cost, as KUBE does: Tran-Thanh, Chapman, Rogers and Jennings,
+"Knapsack based optimal policies for budget-limited multi-armed bandits", AAAI 2012.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final, Literal
 
 import torch
@@ -17,13 +19,15 @@ from lightning_dvc.errors import ConfigurationError, StateError, check_settings
 from lightning_dvc.policy.apportion import apportion
 
 _ALLOCATIONS: Final = ("softmax", "argmax")
+_LEAST_COST: Final = 1e-100
 
 
 class SourceBandit:
-    r"""Discounted UCB over sources, and the division of a round's candidates among them.
+    r"""UCB over sources that may forget, and the division of a round's candidates among them.
 
-    With ``discount=1``, ``exploration=1`` and one pull of the arm of the greatest index per round
-    this is UCB1, and the expected regret after ``T`` rounds is bounded by Theorem 6.1 (eq 14),
+    With ``discount=1``, no window, equal costs, ``exploration=1`` and one pull of the arm of the
+    greatest index per round this is UCB1, and the expected regret after ``T`` rounds is bounded by
+    Theorem 6.1 (eq 14),
 
     .. math:: \sum_{k: \Delta_k > 0} \frac{8 \ln T}{\Delta_k}
         + \left(1 + \frac{\pi^2}{3}\right) \Delta_k,
@@ -38,15 +42,24 @@ class SourceBandit:
         allocation: ``"softmax"``, or ``"argmax"`` to give all to the arms of the greatest index.
         temperature: Of the softmax that divides a round's candidates, greater than 0; the smaller,
             the more the best arm gets.
+        window: How many of the last rounds count, at least 1. An arm that was not observed in them
+            counts as never observed. None: all rounds, discounted.
+        costs: What one candidate of each arm costs, ``K`` positive and finite numbers in any unit:
+            only their ratios count. None: all alike.
 
     Raises:
-        ConfigurationError: If an argument is out of its range.
+        ConfigurationError: If an argument is out of its range, or a window comes together with a
+            discount below 1.
 
     Example:
         >>> bandit = SourceBandit(2)
         >>> bandit.update(torch.tensor([0.9, 0.6]))
         >>> bandit.allocate(10, torch.tensor([100, 100])).tolist()
         [10, 0]
+        >>> dear = SourceBandit(2, costs=[2.0, 1.0])
+        >>> dear.update(torch.tensor([0.9, 0.6]))
+        >>> dear.allocate(10, torch.tensor([100, 100])).tolist()
+        [0, 10]
     """
 
     def __init__(
@@ -56,26 +69,41 @@ class SourceBandit:
         exploration: float = 0.05,
         temperature: float = 0.03,
         allocation: Literal["softmax", "argmax"] = "softmax",
+        window: int | None = None,
+        costs: Sequence[float] | None = None,
     ) -> None:
+        each = f"None, or a positive and finite number for each of {n_arms} arms"
         check_settings(
             ("n_arms", n_arms, n_arms >= 1, "at least 1"),
             ("discount", discount, 0 < discount <= 1, "greater than 0 and at most 1"),
             ("exploration", exploration, 0 <= exploration < math.inf, "at least 0 and finite"),
             ("temperature", temperature, 0 < temperature < math.inf, "greater than 0 and finite"),
             ("allocation", allocation, allocation in _ALLOCATIONS, "'softmax' or 'argmax'"),
+            ("window", window, window is None or window >= 1, "None, or at least 1"),
+            ("costs", costs, costs is None or _are_costs(costs, n_arms), each),
         )
+        if window is not None and discount < 1:
+            raise ConfigurationError(
+                "past rounds can be forgotten by a window or by a discount, but not by both, and "
+                f"both were given: window={window}, discount={discount}; leave one out"
+            )
         self.n_arms = n_arms
         self.discount = discount
         self.exploration = exploration
         self.temperature = temperature
         self.allocation = allocation
+        self.window = window
+        self._relative_costs = _relative_to_mean([1.0] * n_arms if costs is None else costs)
         self._counts = torch.zeros(n_arms, dtype=torch.float64)
         self._sums = torch.zeros(n_arms, dtype=torch.float64)
+        # Rewards (rounds, K) of the rounds in the window; none are kept without one.
+        self._recent = torch.empty(0, n_arms, dtype=torch.float64)
 
     def update(self, rewards: Tensor) -> None:
         """Learn what one round yielded.
 
-        Every round discounts what went before it, for all arms, observed or not.
+        Every round discounts what went before it, or moves the window on, for all arms, observed
+        or not.
 
         Args:
             rewards: ``(K,)`` reward of each arm in ``[0, 1]``; NaN for an arm not observed.
@@ -101,17 +129,23 @@ class SourceBandit:
                 f"rewards must be in [0, 1], but are {rewards.tolist()}; rescale or clamp them, "
                 "and use NaN for an arm that was not observed"
             )
-        self._counts = self.discount * self._counts + observed
-        self._sums = self.discount * self._sums + rewards.nan_to_num()
+        if self.window is None:
+            self._counts = self.discount * self._counts + observed
+            self._sums = self.discount * self._sums + rewards.nan_to_num()
+        else:
+            self._look_back(torch.cat([self._recent, rewards[None]]), self.window)
 
     def index(self) -> Tensor:
-        r"""Upper confidence index of each arm.
+        r"""Upper confidence index of each arm, per unit of cost.
 
-        .. math:: \hat\mu_k + c \sqrt{2 \ln(t + 1) / N_k}
+        .. math:: \left(\hat\mu_k + c \sqrt{2 \ln(t + 1) / N_k}\right)
+            \Big/ \frac{\mathrm{cost}_k}{\frac{1}{K} \sum_j \mathrm{cost}_j}
 
-        with the discounted mean reward, the discounted count ``N_k``, ``t`` the sum of the counts
-        and ``c`` the exploration. Without a discount and with one pull per round, ``t + 1`` is the
-        number of the pull that is being decided, as the proof of the regret bound has it.
+        with the mean reward and the count ``N_k``, both discounted or within the window, ``t`` the
+        sum of the counts and ``c`` the exploration. Without a discount or window and with one pull
+        per round, ``t + 1`` is the number of the pull that is being decided, as the proof of the
+        regret bound has it. Costs are relative to their mean, so that equal ones change nothing and
+        the temperature keeps its meaning.
 
         Returns:
             ``(K,)`` float64; ``inf`` for an arm never observed.
@@ -125,7 +159,8 @@ class SourceBandit:
         observed = self._counts > 0
         counts = torch.where(observed, self._counts, 1.0)
         width = (2 * torch.log1p(self._counts.sum()) / counts).sqrt()
-        return torch.where(observed, self._sums / counts + self.exploration * width, torch.inf)
+        bound = self._sums / counts + self.exploration * width
+        return torch.where(observed, bound / self._relative_costs, torch.inf)
 
     def allocate(
         self,
@@ -180,16 +215,28 @@ class SourceBandit:
         return apportion(quota, torch.softmax(known_index / self.temperature, 0), first, upper)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What was learnt: discounted counts and reward sums, each ``(K,)``.
+        """What was learnt: counts and reward sums, each ``(K,)``.
+
+        They are discounted, or those of the window; then ``recent`` holds the rewards
+        ``(rounds, K)`` of the rounds in it, the last one last.
 
         Example:
             >>> sorted(SourceBandit(2).state_dict())
             ['counts', 'sums']
+            >>> SourceBandit(2, window=5).state_dict()["recent"].shape
+            torch.Size([0, 2])
         """
-        return {"counts": self._counts.clone(), "sums": self._sums.clone()}
+        state = {"counts": self._counts.clone(), "sums": self._sums.clone()}
+        if self.window is not None:
+            state["recent"] = self._recent.clone()
+        return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a saved state.
+        """Go on from a saved state; settings stay this object's own.
+
+        Under another window, what fits is kept: as many of the saved rounds as the window holds, or
+        without a window their counts and sums. Sums saved without a window cannot be told apart
+        into rounds, so a bandit with a window begins anew after them.
 
         Args:
             state: From :meth:`state_dict` of a bandit with as many arms.
@@ -209,6 +256,15 @@ class SourceBandit:
             )
         self._counts = state["counts"].to("cpu", torch.float64, copy=True)
         self._sums = state["sums"].to("cpu", torch.float64, copy=True)
+        if self.window is not None:
+            rounds = state.get("recent", torch.empty(0, self.n_arms))
+            self._look_back(rounds.to("cpu", torch.float64), self.window)
+
+    def _look_back(self, rounds: Tensor, window: int) -> None:
+        """Let the last ``window`` of the rewards ``(rounds, K)`` count, and nothing before."""
+        self._recent = rounds[-window:].clone()
+        self._counts = (~self._recent.isnan()).sum(0, dtype=torch.float64)
+        self._sums = self._recent.nansum(0)
 
     def _limit(self, name: str, limit: Tensor) -> Tensor:
         if limit.shape != (self.n_arms,) or limit.is_floating_point() or bool((limit < 0).any()):
@@ -217,6 +273,18 @@ class SourceBandit:
                 f"{limit}; pass an int64 tensor of shape ({self.n_arms},)"
             )
         return limit.to("cpu", torch.int64)
+
+
+def _are_costs(costs: Sequence[float], n_arms: int) -> bool:
+    return len(costs) == n_arms and all(0 < cost < math.inf for cost in costs)
+
+
+def _relative_to_mean(costs: Sequence[float]) -> Tensor:
+    """Costs ``(K,)`` with the mean 1."""
+    # By the greatest first: the sum cannot overflow, and equal costs become 1 to the last bit.
+    relative = torch.tensor(costs, dtype=torch.float64) / max(costs)
+    # An arm next to free of cost may not have an infinite index: that marks arms never observed.
+    return (relative / relative.mean()).clamp(min=_LEAST_COST)
 
 
 def _best_first(quota: int, index: Tensor, lower: Tensor, upper: Tensor) -> Tensor:

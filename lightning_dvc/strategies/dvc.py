@@ -18,6 +18,7 @@ from lightning_dvc.policy.bandit import SourceBandit
 from lightning_dvc.policy.diversify import class_ceilings, diversify
 from lightning_dvc.policy.refine import disowned, threshold
 from lightning_dvc.policy.weights import FixedWeights, WeightPolicy
+from lightning_dvc.pools import Pools
 from lightning_dvc.records import Choice
 from lightning_dvc.strategies.base import Round
 from lightning_dvc.strategies.observer import Examined, Observer, ObserverSettings
@@ -33,6 +34,11 @@ _TAKE_BACK_FROM: Final = 3
 class DVC:
     """Chooses by data value contribution (arXiv 2510.21286).
 
+    Where sources have unequal :attr:`~lightning_dvc.pools.Source.cost`, the bandit divides the
+    candidates by worth per cost. Worth is the mean reward, which is 1/2 for a source of no use: a
+    low enough cost makes up for that, so cap such a source with its ``max_share``. Which candidates
+    are chosen, and how many, does not depend on costs: the budget is a number of samples.
+
     Args:
         weights: How the six metrics are weighed: by :data:`DEFAULT_WEIGHTS` when not given, see
             :class:`~lightning_dvc.policy.weights.FixedWeights` and
@@ -40,6 +46,8 @@ class DVC:
         layer_weights: ``alpha`` of equation 5, one number of at least 0 per captured layer, scaled
             to the sum 1; equal when not given.
         discount: What a past round counts for in the bandit, relative to the next; in ``(0, 1]``.
+        window: How many of the last rounds count in the bandit, at least 1; all of them,
+            discounted, when not given. Not together with a discount below 1.
         exploration: Weight of the bandit's confidence term, at least 0.
         temperature: How evenly the bandit divides candidates over the sources, above 0.
         allocation: ``"softmax"`` of that temperature, or ``"argmax"``: all to the best sources.
@@ -70,7 +78,8 @@ class DVC:
             was captured under them counts as outdated; at least 0.
 
     Raises:
-        ConfigurationError: If a number is out of its range.
+        ConfigurationError: If a number is out of its range, or a window comes together with a
+            discount below 1.
 
     Example:
         >>> DVC(review_size=0)  # doctest: +ELLIPSIS
@@ -85,6 +94,7 @@ class DVC:
         *,
         layer_weights: Sequence[float] | None = None,
         discount: float = 1.0,
+        window: int | None = None,
         exploration: float = 0.05,
         temperature: float = 0.03,
         allocation: Literal["softmax", "argmax"] = "softmax",
@@ -122,6 +132,7 @@ class DVC:
         self._new_bandit = partial(
             SourceBandit,
             discount=discount,
+            window=window,
             exploration=exploration,
             temperature=temperature,
             allocation=allocation,
@@ -154,7 +165,7 @@ class DVC:
 
     def choose(self, this: Round) -> Choice:
         """One round: examine, draw, score, choose, learn."""
-        bandit = self._bandit = self._bandit or self._new_bandit(len(this.pools.names))
+        bandit = self._bandit = self._bandit_of(this.pools)
         with this.watch.section("weigh"):
             weights = self._weigh(this.progress)
         with this.watch.section("examine"):
@@ -199,6 +210,14 @@ class DVC:
         if state["bandit"]:
             self._bandit = self._new_bandit(len(state["bandit"]["counts"]))
             self._bandit.load_state_dict(state["bandit"])
+
+    def _bandit_of(self, pools: Pools) -> SourceBandit:
+        """All that was learnt, with the costs of these sources, which no state holds."""
+        costs = [source.cost for source in pools.sources.values()]
+        bandit = self._new_bandit(len(costs), costs=costs)
+        if self._bandit:
+            bandit.load_state_dict(self._bandit.state_dict())
+        return bandit
 
     def _weigh(self, progress: float) -> Tensor:
         """Tell the weight policy what followed its last answer, and ask for the next."""

@@ -50,6 +50,60 @@ def test_index_equals_the_sum_over_all_rounds(rounds, discount, exploration):
     torch.testing.assert_close(bandit.index(), torch.tensor(expected, dtype=torch.float64))
 
 
+def windowed_index_by_hand(rounds, n_arms, window, exploration, costs):
+    """Sliding-window UCB as written in the paper, over cost relative to the mean cost."""
+    first = max(len(rounds) - window, 0)
+    seen = [[rounds[i][k] for i in range(first, len(rounds))] for k in range(n_arms)]
+    seen = [[r for r in rewards if not math.isnan(r)] for rewards in seen]
+    t = sum(len(rewards) for rewards in seen)
+    index = []
+    for rewards, cost in zip(seen, costs, strict=True):
+        if not rewards:
+            index.append(math.inf)
+            continue
+        mean = sum(rewards) / len(rewards)
+        width = math.sqrt(2 * math.log(t + 1) / len(rewards))
+        index.append((mean + exploration * width) / (cost / (sum(costs) / n_arms)))
+    return index
+
+
+@settings(deadline=None)
+@given(
+    rounds=st.lists(st.tuples(reward, reward, reward), max_size=12),
+    window=st.integers(1, 14),
+    exploration=st.sampled_from([0.0, 0.05, 1.0]),
+    costs=st.tuples(*[st.floats(0.01, 100)] * 3),
+)
+def test_windowed_index_equals_the_sum_over_the_last_rounds(rounds, window, exploration, costs):
+    bandit = SourceBandit(3, exploration=exploration, window=window, costs=costs)
+    for number in range(len(rounds) + 1):
+        expected = windowed_index_by_hand(rounds[:number], 3, window, exploration, costs)
+        torch.testing.assert_close(bandit.index(), torch.tensor(expected, dtype=torch.float64))
+        if number < len(rounds):
+            bandit.update(torch.tensor(rounds[number], dtype=torch.float64))
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(reward, reward), min_size=1, max_size=12))
+def test_a_window_that_holds_all_rounds_forgets_none(rounds):
+    windowed, plain = SourceBandit(2, window=len(rounds)), SourceBandit(2)
+    for rewards in rounds:
+        windowed.update(torch.tensor(rewards, dtype=torch.float64))
+        plain.update(torch.tensor(rewards, dtype=torch.float64))
+    torch.testing.assert_close(windowed.index(), plain.index())
+
+
+def test_an_arm_outside_the_window_counts_as_never_observed_and_comes_first():
+    bandit = SourceBandit(2, window=3)
+    bandit.update(torch.tensor([0.9, 0.1]))
+    for _ in range(2):
+        bandit.update(torch.tensor([0.9, NAN]))
+    assert bandit.index().isfinite().all()
+    bandit.update(torch.tensor([0.9, NAN]))
+    assert bandit.index().isinf().tolist() == [False, True]
+    assert bandit.allocate(10, integers(50, 50)).tolist() == [0, 10]
+
+
 def test_forgotten_arm_counts_as_never_observed():
     bandit = SourceBandit(2, discount=0.01)
     bandit.update(torch.tensor([0.5, 0.5]))
@@ -125,6 +179,28 @@ def rounds_until_it_leads_again(discount):
 def test_discounted_bandit_finds_an_arm_again_within_100_rounds_and_ucb1_not_within_300():
     assert rounds_until_it_leads_again(discount=0.95) <= 100
     assert rounds_until_it_leads_again(discount=1.0) is None
+
+
+def rounds_until_the_new_best_is_pulled_mostly(seed, **how):
+    """Arm 0 is 1 with probability 0.8, from round 1000 on with 0.2, else 0; arm 1 always 0.5."""
+    generator = torch.Generator().manual_seed(seed)
+    bandit = SourceBandit(2, exploration=0.5, **how)
+    pulls = []
+    for t in range(1_200):
+        arm = int(bandit.index().argmax())
+        pulls.append(arm)
+        if t >= 1_000 and sum(pulls[-50:]) >= 40:
+            return t - 1_000
+        means = torch.tensor([0.8 if t < 1_000 else 0.2, 0.5])
+        drawn = (torch.rand(2, generator=generator) < means).float()
+        bandit.update(torch.where(torch.arange(2) == arm, drawn, NAN))
+    return None
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_windowed_bandit_finds_the_new_best_arm_within_150_rounds_and_ucb1_not_within_200(seed):
+    assert rounds_until_the_new_best_is_pulled_mostly(seed, window=100) <= 150
+    assert rounds_until_the_new_best_is_pulled_mostly(seed) is None
 
 
 @st.composite
@@ -212,16 +288,128 @@ def test_floors_beyond_the_quota_are_shared_in_proportion():
     assert parts.tolist() == [2, 4]
 
 
+@pytest.mark.parametrize("allocation", ["softmax", "argmax"])
+def test_an_arm_a_little_better_but_twice_as_dear_loses(allocation):
+    bandits = {
+        costs: SourceBandit(2, allocation=allocation, costs=costs) for costs in [None, (2.0, 1.0)]
+    }
+    for bandit in bandits.values():
+        bandit.update(torch.tensor([0.66, 0.6]))
+    better = {costs: bandit.allocate(100, integers(99, 99))[0] for costs, bandit in bandits.items()}
+    assert better[None] > 80
+    assert better[2.0, 1.0] < 20
+
+
+def test_an_arm_more_than_twice_as_good_and_twice_as_dear_wins():
+    bandit = SourceBandit(2, exploration=0.0, costs=[2.0, 1.0])
+    bandit.update(torch.tensor([0.9, 0.4]))
+    assert bandit.allocate(100, integers(999, 999))[0] > 80
+
+
+def test_costs_divide_the_index_relative_to_their_mean():
+    bandit = SourceBandit(2, exploration=0.0, costs=[30.0, 10.0])
+    bandit.update(torch.tensor([0.6, 0.6], dtype=torch.float64))
+    torch.testing.assert_close(bandit.index(), torch.tensor([0.4, 1.2], dtype=torch.float64))
+
+
 @settings(deadline=None)
-@given(st.lists(st.tuples(reward, reward), max_size=6), st.lists(st.tuples(reward, reward)))
-def test_state_round_trip_goes_on_alike(before, after):
-    bandit, other = SourceBandit(2, discount=0.9), SourceBandit(2, discount=0.9)
+@given(
+    rounds=st.lists(st.lists(reward, min_size=3, max_size=3), max_size=6),
+    # Three times 0.1, divided by three, is not 0.1.
+    cost=st.one_of(st.sampled_from([0.1, 1e308, 1e-308]), st.floats(1e-6, 1e6)),
+    how=st.sampled_from([{}, {"discount": 0.9}, {"window": 2}]),
+)
+def test_equal_costs_change_not_a_bit(rounds, cost, how):
+    plain, equal = SourceBandit(3, **how), SourceBandit(3, **how, costs=[cost] * 3)
+    for rewards in rounds:
+        plain.update(torch.tensor(rewards, dtype=torch.float64))
+        equal.update(torch.tensor(rewards, dtype=torch.float64))
+    assert torch.equal(plain.index(), equal.index())
+    stock = integers(9, 9, 9)
+    assert torch.equal(plain.allocate(10, stock), equal.allocate(10, stock))
+
+
+def test_an_arm_next_to_free_gets_all_but_counts_as_observed():
+    bandit = SourceBandit(3, costs=[1e-308, 1e308, 1.0])
+    bandit.update(torch.tensor([0.5, 0.5, NAN]))
+    assert bandit.index().isinf().tolist() == [False, False, True]
+    assert bandit.allocate(9, integers(50, 50, 4)).tolist() == [5, 0, 4]
+
+
+def test_costs_do_not_replace_the_first_look():
+    bandit = SourceBandit(2, costs=[1.0, 1000.0])
+    bandit.update(torch.tensor([0.9, NAN]))
+    assert bandit.allocate(10, integers(50, 50)).tolist() == [0, 10]
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(reward, reward), max_size=6),
+    st.lists(st.tuples(reward, reward)),
+    st.sampled_from([{"discount": 0.9}, {"window": 1}, {"window": 4}]),
+)
+def test_state_round_trip_goes_on_alike(before, after, how):
+    bandit, other = SourceBandit(2, **how), SourceBandit(2, **how)
     for rewards in before:
         bandit.update(torch.tensor(rewards, dtype=torch.float64))
     other.load_state_dict(bandit.state_dict())
     for rewards in after:
         bandit.update(torch.tensor(rewards, dtype=torch.float64))
         other.update(torch.tensor(rewards, dtype=torch.float64))
+    assert torch.equal(bandit.index(), other.index())
+    for key, saved in bandit.state_dict().items():
+        assert torch.equal(saved.nan_to_num(-1), other.state_dict()[key].nan_to_num(-1))
+
+
+@settings(deadline=None)
+@given(
+    before=st.lists(st.tuples(reward, reward), max_size=6),
+    after=st.lists(st.tuples(reward, reward), max_size=6),
+    saved_under=st.integers(1, 5),
+    loaded_under=st.integers(1, 5),
+)
+def test_state_under_another_window_keeps_the_rounds_that_fit(
+    before, after, saved_under, loaded_under
+):
+    saved, loaded = SourceBandit(2, window=saved_under), SourceBandit(2, window=loaded_under)
+    for rewards in before:
+        saved.update(torch.tensor(rewards, dtype=torch.float64))
+    loaded.load_state_dict(saved.state_dict())
+    for rewards in after:
+        loaded.update(torch.tensor(rewards, dtype=torch.float64))
+    known = before[max(len(before) - saved_under, 0) :] + after
+    expected = windowed_index_by_hand(known, 2, loaded_under, 0.05, [1, 1])
+    torch.testing.assert_close(loaded.index(), torch.tensor(expected, dtype=torch.float64))
+
+
+def test_without_a_window_the_sums_of_a_saved_one_are_kept_and_the_other_way_round_none():
+    windowed, plain = SourceBandit(2, window=2), SourceBandit(2)
+    for first in (0.1, 0.4, 0.6):
+        windowed.update(torch.tensor([first, 0.5], dtype=torch.float64))
+    plain.load_state_dict(windowed.state_dict())
+    assert torch.equal(plain.index(), windowed.index())
+    windowed.load_state_dict(SourceBandit(2).state_dict())
+    assert windowed.index().isinf().all()
+    windowed.load_state_dict(plain.state_dict())
+    assert windowed.index().isinf().all()
+
+
+def test_windowed_state_is_a_copy_no_larger_than_its_window_and_loads_with_weights_only(tmp_path):
+    bandit = SourceBandit(2, window=3)
+    for number in range(50):
+        bandit.update(torch.tensor([number / 50, NAN]))
+    state = bandit.state_dict()
+    assert state["recent"].untyped_storage().nbytes() == 3 * 2 * 8
+    torch.save(state, tmp_path / "state.pt")
+    state["recent"].fill_(0.0)
+    saved = torch.load(tmp_path / "state.pt", weights_only=True)
+    other = SourceBandit(2, window=3)
+    other.load_state_dict(saved)
+    saved["recent"].fill_(0.0)
+    for same in (bandit, other):
+        same.update(torch.tensor([1.0, NAN]))
+    expected = windowed_index_by_hand([[0.96, NAN], [0.98, NAN], [1.0, NAN]], 2, 3, 0.05, [1, 1])
+    assert bandit.index().tolist() == pytest.approx(expected)
     assert torch.equal(bandit.index(), other.index())
 
 
@@ -250,11 +438,31 @@ def test_bad_rewards_are_refused_and_change_nothing(bad):
 
 @pytest.mark.parametrize(
     "bad",
-    [{"n_arms": 0}, {"discount": 0.0}, {"discount": 1.1}, {"exploration": -1}, {"temperature": 0}],
+    [
+        {"n_arms": 0},
+        {"discount": 0.0},
+        {"discount": 1.1},
+        {"exploration": -1},
+        {"temperature": 0},
+        {"window": 0},
+        {"window": -3},
+        {"costs": []},
+        {"costs": [1.0]},
+        {"costs": [1.0, 1.0, 1.0]},
+        {"costs": [1.0, 0.0]},
+        {"costs": [1.0, -1.0]},
+        {"costs": [NAN, 1.0]},
+        {"costs": [1.0, torch.inf]},
+    ],
 )
 def test_bad_settings_are_refused(bad):
-    with pytest.raises(ConfigurationError, match=next(iter(bad))):
+    with pytest.raises(ConfigurationError, match=f"^{next(iter(bad))} must be"):
         SourceBandit(**{"n_arms": 2, **bad})
+
+
+def test_two_ways_to_forget_are_refused():
+    with pytest.raises(ConfigurationError, match=r"window=5, discount=0\.9; leave one out"):
+        SourceBandit(2, discount=0.9, window=5)
 
 
 def test_bad_limits_are_refused():

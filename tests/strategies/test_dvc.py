@@ -175,6 +175,44 @@ def test_everything_exhausted():
     assert sorted(run.selected.tolist()) == list(range(35))
 
 
+def partly_wrong(n=200, seed=40):
+    """One label in four is wrong."""
+    x, y = good(n, seed).tensors
+    return TensorDataset(x, torch.where(torch.arange(n) % 4 == 0, (y + 1) % CLASSES, y))
+
+
+@pytest.mark.parametrize("restored", [False, True])
+@pytest.mark.parametrize(("cost", "share"), [(1.0, 1.0), (2.0, 0.0)])
+def test_a_better_source_loses_when_twice_as_dear_also_after_a_restart(cost, share, restored):
+    def plain():
+        return DVC(class_slack=math.inf, duplicate_angle=0.0)
+
+    sources = {"better": Source(good(), cost=cost), "other": partly_wrong()}
+    run = Run(plain(), sources, oversample=1.0)  # so that every candidate is chosen
+    run.round()  # looks at both alike, nothing being known of them yet
+    if restored:
+        state = run.strategy.state_dict()
+        run.strategy = plain()
+        run.strategy.load_state_dict(state)
+    chosen = run.pools.arms_of(run.round().add)
+    assert (chosen == 0).double().mean() == pytest.approx(share, abs=0.1)
+
+
+def test_costs_do_not_change_how_many_are_chosen():
+    run = Run(DVC(), {"dear": Source(good(), cost=5.0), "cheap": Source(good(seed=9), cost=0.5)})
+    run.all()
+    assert len(run.selected) == BUDGET
+
+
+def test_the_bandit_remembers_the_rounds_of_its_window():
+    run = Run(DVC(window=2))
+    for _ in range(3):
+        run.round()
+    state = run.strategy.state_dict()["bandit"]
+    assert state["recent"].shape == (2, 3)
+    assert state["counts"].max() <= 2
+
+
 def test_random_draws_in_proportion_to_the_stock():
     run = Run(Random(), {"large": good(300), "small": good(100)})
     run.all()
@@ -189,6 +227,7 @@ def test_random_draws_in_proportion_to_the_stock():
         lambda: DVC(BayesianWeights(initial=2)),
         lambda: DVC(cache_dtype=torch.float16, drift_tolerance=10.0),
         lambda: DVC(density="lsh", stability_window=1, layer_weights=[1, 3]),
+        lambda: DVC(window=2),
         Random,
     ],
 )
@@ -305,6 +344,8 @@ def test_hashed_density_ranks_about_as_the_exact_one():
         ({"density": "kde"}, "'exact' or 'lsh'"),
         ({"layer_weights": [0, 0]}, "not all 0"),
         ({"temperature": 0.0}, "temperature must be greater than 0"),
+        ({"window": 0}, "window must be None, or at least 1"),
+        ({"window": 3, "discount": 0.9}, "window=3, discount=0.9; leave one out"),
         ({"cache_bytes": -1}, "max_bytes"),
     ],
 )
