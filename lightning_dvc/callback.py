@@ -15,7 +15,8 @@ from typing_extensions import override
 from lightning_dvc import trainer_bridge
 from lightning_dvc.capture.guard import undisturbed
 from lightning_dvc.capture.objective import UserObjective, resolve_objective
-from lightning_dvc.capture.probe import Captured, Probe, layers_that_mix_samples
+from lightning_dvc.capture.probe import Probe
+from lightning_dvc.capture.trial import Trial, try_out
 from lightning_dvc.datamodule import DVCDataModule
 from lightning_dvc.distributed import Group
 from lightning_dvc.errors import ConfigurationError, check_settings
@@ -137,6 +138,7 @@ class DVCCallback(Callback):
         self._owner: DVCDataModule | None = None
         self._stage: str | None = None
         self._probe: Probe | None = None
+        self._layers_before: list[str] | None = None  # captured in the run that was resumed
         self._started = 0.0
         self._seconds_before = 0.0  # of training, in the run that was resumed
         self._warned = False
@@ -200,27 +202,34 @@ class DVCCallback(Callback):
         ids = datamodule.selected_ids
         ids = ids[:: -(-len(ids) // _TRIAL_SIZE)]
         with undisturbed(pl_module):
-            seen = list(probe.capture(datamodule.pools.dataset, ids))
-            again = list(probe.capture(datamodule.pools.dataset, ids.flip(0)))
-        probe.bad.clear()  # the first round meets them again
-        if seen and again:
-            self._leave_out_mixed(probe, seen, again)
+            trial = try_out(probe, datamodule.pools.dataset, ids)
+        self._leave_out_mixed(probe, trial)
+        layers = list(probe.captured_layers)
+        if self._layers_before not in (None, layers):
+            raise ConfigurationError(
+                f"the checkpoint was made while the layers {self._layers_before} were captured, "
+                f"but now these are: {layers}; resume with the same model and the same layers=..., "
+                "or start selection anew"
+            )
 
-    def _leave_out_mixed(self, probe: Probe, seen: list[Captured], again: list[Captured]) -> None:
-        names = list(probe.captured_layers)
-        mixed = layers_that_mix_samples(names, seen, again)
-        if not mixed:
+    def _leave_out_mixed(self, probe: Probe, trial: Trial) -> None:
+        if trial.random:
+            rank_zero_warn(
+                f"The gradients of a sample in the layers {trial.random} are others each time, so "
+                "the loss is random, and so are the scores. A method per_sample_loss that is not, "
+                "or objective=..., makes them repeatable."
+            )
+        if not trial.mixed:
             return
         reason = (
-            f"the gradients of a sample in the layers {mixed} change when the samples of a batch "
-            "change places, so these layers do not keep the batch as their first axis, or the "
-            "loss is random"
+            f"the gradients of a sample in the layers {trial.mixed} change when the samples of a "
+            "batch change places, so these layers do not keep the batch as their first axis"
         )
         remedy = "use batch_first=True, or name other layers with layers=[...]"
-        if self.layers is not None or mixed == names:
+        if self.layers is not None or trial.mixed == list(probe.captured_layers):
             raise ConfigurationError(f"{reason}: such layers cannot be scored; {remedy}")
         rank_zero_warn(f"{reason}: they are left out; {remedy}")
-        probe.leave_out(mixed)
+        probe.leave_out(trial.mixed)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -284,6 +293,7 @@ class DVCCallback(Callback):
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so if the run was too short to spend the budget."""
+        self._seconds_before, self._started = self._training_seconds, 0.0
         datamodule = self._datamodule(trainer)
         n_selected = len(datamodule.selected_ids)
         if n_selected < datamodule.budget and not trainer_bridge.is_trial_run(trainer):
@@ -303,6 +313,7 @@ class DVCCallback(Callback):
             "period": self._period,
             "last_epoch": self._last_epoch,
             "rounds_left_out": self.rounds_left_out,
+            "layers": list(self._probe.captured_layers) if self._probe else None,
             "seconds": dict(self.watch.seconds),
             "training_seconds": self._training_seconds,
         }
@@ -318,6 +329,7 @@ class DVCCallback(Callback):
         self._period = state_dict["period"]
         self._last_epoch = state_dict["last_epoch"]
         self.rounds_left_out = state_dict["rounds_left_out"]
+        self._layers_before = state_dict["layers"] or None
         self.watch.seconds = dict(state_dict["seconds"])
         self._seconds_before = state_dict["training_seconds"]
 

@@ -801,3 +801,69 @@ def test_time_goes_on_where_a_run_was_interrupted():
 def test_shares_of_time_out_of_range_are_refused(share):
     with pytest.raises(ConfigurationError, match="max_overhead"):
         DVCCallback(max_overhead=share)
+
+
+# --- samples and losses that are others each time ----------------------------------------------
+
+
+class Augmented(torch.utils.data.Dataset):
+    """Samples that come out otherwise each time they are read."""
+
+    def __init__(self, n=200):
+        self.samples = good(n)
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        x, y = self.samples[index]
+        return x + torch.randn(WIDTH), y
+
+
+@pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint:UserWarning")
+def test_random_augmentation_leaves_no_layer_out_and_a_run_can_be_resumed(tmp_path):
+    saver = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_epochs=1)
+    _, _, callback = fit(
+        make({"good": Augmented()}), callbacks=[saver], max_epochs=3, enable_checkpointing=True
+    )
+    assert list(callback.layer_forms) == ["body", "head"]
+    first = min(tmp_path.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+    datamodule, _, callback = fit(
+        make({"good": Augmented()}),
+        callbacks=[ModelCheckpoint(tmp_path)],
+        max_epochs=4,
+        ckpt_path=first,
+        enable_checkpointing=True,
+    )
+    assert list(callback.layer_forms) == ["body", "head"]
+    assert len(datamodule.selected_ids) == 120
+
+
+class RandomLoss(Net):
+    def training_step(self, batch, batch_idx):
+        noise = 5 * torch.randn(len(batch[0]), 3)
+        return F.cross_entropy(self(batch[0]) + noise, batch[1])
+
+
+@pytest.mark.parametrize("layers", [None, ["body", "head"]])
+def test_a_random_loss_is_told_and_trained_with(layers):
+    with pytest.warns(UserWarning, match="the loss is random"):
+        datamodule, _, callback = fit(net=RandomLoss(), callback=DVCCallback(layers=layers))
+    assert list(callback.layer_forms) == ["body", "head"]
+    assert len(datamodule.selected_ids) == 120
+
+
+@pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint:UserWarning")
+def test_a_checkpoint_made_with_other_layers_is_refused(tmp_path):
+    saver = ModelCheckpoint(tmp_path, save_last=True)
+    fit(callbacks=[saver], max_epochs=2, enable_checkpointing=True)
+    with pytest.raises(ConfigurationError, match=r"\['body', 'head'\] were captured, but now"):
+        fit(
+            callback=DVCCallback(layers=["head"], monitor="val_acc"),
+            callbacks=[ModelCheckpoint(tmp_path)],
+            ckpt_path=tmp_path / "last.ckpt",
+            max_epochs=4,
+            enable_checkpointing=True,
+        )

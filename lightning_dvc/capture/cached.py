@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_dvc.capture.gradients import LayerGradients, restore
-from lightning_dvc.capture.probe import Captured, Probe
+from lightning_dvc.capture.probe import Captured, Probe, rows
 from lightning_dvc.capture.snapshots import Snapshots
 from lightning_dvc.memory.gradient_cache import GradientCache
 
@@ -54,8 +54,10 @@ class CachedProbe:
             a sample was not seen.
         """
         hit, fields = self._cache.get(ids)
-        if bool(hit.any()):
-            yield self._recalled(ids[hit], fields)
+        known = ids[hit]
+        for start in range(0, len(known), self._probe.batch_size):
+            some = slice(start, start + self._probe.batch_size)
+            yield self._recalled(known[some], {name: x[some] for name, x in fields.items()})
         for captured in self._probe.capture(dataset, ids[~hit], snapshots):
             padded = replace(
                 captured,
@@ -63,10 +65,23 @@ class CachedProbe:
                 confidence=self._pad(captured.confidence),
             )
             if keep:
-                fields = _fields(padded)
-                if self._cache.accepts(fields):
-                    self._cache.put(padded.ids, fields)
+                self._keep(padded)
             yield padded
+
+    def _keep(self, captured: Captured) -> None:
+        """Write what there is room for; the others would only push each other out."""
+        numbers = sum(layer.numbers for layer in captured.gradients)
+        numbers += sum(h.shape[1] for h in captured.representations)
+        room = self._cache.max_bytes // max(1, numbers * self._cache.bytes_per_number)
+        if room:
+            some = (
+                captured
+                if room >= len(captured)
+                else rows(captured, torch.arange(len(captured)) < room)
+            )
+            fields = _fields(some)
+            if self._cache.accepts(fields):
+                self._cache.put(some.ids, fields)
 
     def _pad(self, columns: Tensor) -> Tensor:
         return F.pad(columns, (0, self._window - columns.shape[1]), value=torch.nan)

@@ -15,6 +15,7 @@ from lightning_dvc.capture.gradients import (
     OuterProducts,
     suitable_part,
 )
+from lightning_dvc.errors import CaptureError
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 CONVOLUTIONS: Final = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -23,6 +24,9 @@ _CONVOLVE: Final[dict[int, Callable[..., Tensor]]] = {1: F.conv1d, 2: F.conv2d, 
 
 def padded_input(layer: Convolution, x: Tensor) -> Tensor:
     """What the kernel slides over: the input with the layer's own padding around it."""
+    if layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
+        # What the forward pass reads, also where somebody has changed it since.
+        return F.pad(x, [size for size in reversed(layer.padding) for _ in range(2)])
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     return F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
 
@@ -34,7 +38,18 @@ def patches(layer: Convolution, padded: Tensor, positions: Sequence[int]) -> Ten
         layer: The convolution.
         padded: ``(n, channels, *image)`` from :func:`padded_input`.
         positions: Size of the output along each axis, of product ``T``.
+
+    Raises:
+        CaptureError: If an output of that size does not come from this input.
     """
+    geometry = zip(padded.shape[2:], layer.kernel_size, layer.dilation, layer.stride, strict=True)
+    expected = [(size - step * (k - 1) - 1) // move + 1 for size, k, step, move in geometry]
+    if list(positions) != expected:
+        raise CaptureError(
+            f"a {type(layer).__name__} that would return {expected} positions returned "
+            f"{list(positions)}, so its forward pass is not the usual one; name other layers with "
+            "layers=[...]"
+        )
     axes = range(2, padded.ndim)
     stride, size = padded.stride(), list(layer.kernel_size)
     kernel = [stride[a] * step for a, step in zip(axes, layer.dilation, strict=True)]
@@ -82,6 +97,11 @@ class Convolved(LayerGradients):
     def full_shape(self) -> tuple[int, int]:
         weight = self._layer.weight
         return len(weight), weight[0].numel() + (self._layer.bias is not None)
+
+    @property
+    @override
+    def numbers(self) -> int:
+        return self.full_shape[0] * self.full_shape[1]
 
     @property
     @override

@@ -49,6 +49,11 @@ class LayerGradients(ABC):
         """Shape of a full gradient."""
 
     @property
+    def numbers(self) -> int:
+        """Numbers for each sample in :meth:`tensors`."""
+        return sum(x[0].numel() for x in self.tensors().values()) if len(self) else 0
+
+    @property
     @abstractmethod
     def like(self) -> Tensor:
         """A tensor of the dtype and on the device of the gradients."""
@@ -356,8 +361,14 @@ class Scattered(LayerGradients):
 
     @override
     def squared_norms(self) -> Tensor:
-        same = self.tokens[:, :, None] == self.tokens[:, None, :]
-        return (same * (self.deltas @ self.deltas.transpose(1, 2))).sum((1, 2))
+        found = []
+        size = max(1, suitable_part(self.like.device) // max(1, self.tokens.shape[1] ** 2))
+        for start in range(0, max(1, len(self)), size):
+            rows = slice(start, start + size)
+            tokens, deltas = self.tokens[rows], self.deltas[rows]
+            same = tokens[:, :, None] == tokens[:, None, :]
+            found.append((same * (deltas @ deltas.transpose(1, 2))).sum((1, 2)))
+        return torch.cat(found)
 
     @override
     def dot(self, full: Tensor) -> Tensor:

@@ -170,6 +170,12 @@ _KINDS: Final[dict[type[nn.Module], LayerKind]] = {
 }
 
 
+def computes_otherwise(layer: nn.Module) -> bool:
+    """Whether a subclass replaces the forward pass of the torch class that it is known as."""
+    known = {cls.forward for cls in _KINDS if isinstance(layer, cls)}
+    return type(layer).forward not in {*known, nn.SyncBatchNorm.forward}
+
+
 def kind_of(layer: nn.Module) -> LayerKind | None:
     """How a layer is read; None for a type that cannot be."""
     # The projection inside nn.MultiheadAttention, whose forward is never called.

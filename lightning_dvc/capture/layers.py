@@ -6,7 +6,7 @@ gradient with respect to a parameter is ever computed, and no ``.grad`` is touch
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,7 +20,14 @@ from torch.nn.parameter import is_lazy
 
 from lightning_dvc.capture.convolution import CONVOLUTIONS
 from lightning_dvc.capture.gradients import LayerGradients
-from lightning_dvc.capture.kinds import NORMS, LayerKind, averaged, kind_of, widened
+from lightning_dvc.capture.kinds import (
+    NORMS,
+    LayerKind,
+    averaged,
+    computes_otherwise,
+    kind_of,
+    widened,
+)
 from lightning_dvc.capture.projection import Projection
 from lightning_dvc.errors import CaptureError
 from lightning_dvc.randomness import torch_stream
@@ -58,12 +65,14 @@ def find_layers(module: nn.Module, names: Sequence[str] | None = None) -> dict[s
         >>> list(find_layers(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))))
         ['0', '2']
     """
-    modules = dict(module.named_modules())
     if names is not None:
+        modules = dict(module.named_modules(remove_duplicate=False))
         return {name: _named_layer(modules, name) for name in names}
+    modules = dict(module.named_modules())
     found, left_out = {}, []
     for name, layer in modules.items():
-        if not any(p.requires_grad for p in layer.parameters(recurse=False)):
+        own = any(p.requires_grad for p in layer.parameters(recurse=False))
+        if not (own or _trains(layer)) or ".parametrizations." in f".{name}.":
             continue
         reason = _refusal(layer)
         if reason is None and not isinstance(layer, NORMS) and _trains(layer):
@@ -74,6 +83,16 @@ def find_layers(module: nn.Module, names: Sequence[str] | None = None) -> dict[s
         raise CaptureError(
             f"{type(module).__name__} has no trainable layer to capture among {_CAPTURED}; name "
             "the layers with layers=[...] if they are frozen, or train a model that has some"
+        )
+    by_weight: dict[int, list[str]] = {}
+    for name, layer in found.items():
+        by_weight.setdefault(id(layer.weight), []).append(name)
+    tied = [names for names in by_weight.values() if len(names) > 1]
+    if tied:
+        warnings.warn(
+            f"the layers {tied} share one weight; the gradient of each is captured by itself, as "
+            "if they did not",
+            stacklevel=2,
         )
     if left_out:
         warnings.warn(
@@ -96,6 +115,8 @@ def _refusal(layer: nn.Module) -> str | None:
         return f"a {type(layer).__name__}"
     if any(is_lazy(parameter) for parameter in layer.parameters(recurse=False)):
         return "it is not initialised"
+    if computes_otherwise(layer):
+        return f"a {type(layer).__name__} with a forward pass of its own"
     return kind.refusal(layer)
 
 
@@ -131,6 +152,7 @@ class LayerCapture:
     Args:
         layers: Name to layer, from :func:`find_layers`.
         projections: Name to projection, of layers whose gradients are too large.
+        copied: Names of layers whose inputs are copied, because they would be overwritten.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
@@ -142,16 +164,33 @@ class LayerCapture:
     """
 
     def __init__(
-        self, layers: Mapping[str, nn.Module], projections: Mapping[str, Projection] | None = None
+        self,
+        layers: Mapping[str, nn.Module],
+        projections: Mapping[str, Projection] | None = None,
+        copied: Collection[str] = (),
     ) -> None:
         self._layers = layers
         self._projections = projections or {}
+        self._copied = copied
         self._calls: dict[str, _Calls] = {}
 
     @property
     def reached(self) -> list[str]:
         """Names of the layers in the order in which the last forward pass reached them."""
         return list(self._calls)
+
+    @property
+    def overwritten(self) -> list[str]:
+        """Names of layers whose input was overwritten later in the last forward pass.
+
+        A model may do that where autograd does not need the input as it was: where the layer's
+        weight is frozen, or under autocast, which keeps a copy of its own.
+        """
+        return [
+            name
+            for name, calls in self._calls.items()
+            if [x._version for x in calls.inputs] != calls.versions
+        ]
 
     def forget_shared(self, n: int) -> list[str]:
         """Drop what was recorded of layers whose outputs cannot be dealt out to ``n`` samples.
@@ -198,7 +237,8 @@ class LayerCapture:
         ) -> Tensor | None:
             received = args[0] if args else kwargs["input"]
             calls = self._calls.setdefault(name, _Calls(kind, [], [], [], [], out))
-            calls.inputs.append(received.detach())
+            received = received.detach().clone() if name in self._copied else received.detach()
+            calls.inputs.append(received)
             calls.versions.append(received._version)
             calls.outputs.append(out.detach())
             # Averaged at once, since an in-place activation would overwrite it.
@@ -223,21 +263,11 @@ class LayerCapture:
 
         Returns:
             One entry per layer, in the order of :attr:`reached`.
-
-        Raises:
-            CaptureError: If the forward pass has overwritten what a layer received.
         """
         edges = [edge for calls in self._calls.values() for edge in calls.edges]
         deltas = iter(torch.autograd.grad(losses.sum(), edges, allow_unused=True))
         found = []
         for name, calls in self._calls.items():
-            # Autograd minds this itself, but not where the layer's weight is frozen.
-            if [x._version for x in calls.inputs] != calls.versions:
-                raise CaptureError(
-                    f"what the layer {name!r} received was overwritten later in the forward pass, "
-                    "so its gradients are unknown; replace the in-place operation, or name other "
-                    "layers with layers=[...]"
-                )
             own = [
                 torch.zeros_like(output) if delta is None else delta.reshape(output.shape)
                 for output, delta in zip(calls.outputs, deltas, strict=False)
@@ -287,9 +317,9 @@ class LayerCapture:
             sides = [min(_FINGERPRINT_SIDE, size) for size in x.shape[2:]]
             x = _AVERAGE[len(sides)](x, sides).flatten(1)
             return x.reshape(n, -1, x.shape[-1]).mean(1)
+        if x.ndim == 2 and len(x) == n:
+            return x
         x = x.reshape(n, -1, x.shape[-1])
-        if x.shape[1] == 1:
-            return x.squeeze(1)
         # Always as many, so that batches of sequences of other lengths can be compared.
         return F.adaptive_avg_pool1d(x.transpose(1, 2), _FINGERPRINT_SIDE).flatten(1)
 

@@ -3,7 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Final, Protocol
 
 import torch
@@ -123,10 +123,13 @@ class _Given:
         self._name = name
 
     def __call__(self, module: nn.Module, batch: Any, n: int) -> Outcome:
-        returned = self._function(module, batch)
+        graph = torch.is_grad_enabled()
+        # With gradients on in any case, for the function may take some of its own.
+        with nullcontext() if graph else _frozen(module), torch.enable_grad():
+            returned = self._function(module, batch)
         if not isinstance(returned, Outcome):
             returned = self._from_tuple(returned)
-        self._check(returned, n)
+        self._check(returned, n, graph)
         return returned
 
     def _from_tuple(self, returned: Any) -> Outcome:
@@ -146,7 +149,7 @@ class _Given:
                 )
         return Outcome(losses, outputs, targets, infer_kind(outputs, targets))
 
-    def _check(self, outcome: Outcome, n: int) -> None:
+    def _check(self, outcome: Outcome, n: int, graph: bool) -> None:
         losses = outcome.losses
         if losses.shape != (n,) or not losses.is_floating_point():
             raise ObjectiveError(
@@ -154,7 +157,7 @@ class _Given:
                 f"sample, but they have shape {tuple(losses.shape)} and type {losses.dtype}; use "
                 'reduction="none" and average over everything but the batch'
             )
-        if torch.is_grad_enabled() and not losses.requires_grad:
+        if graph and not losses.requires_grad:
             raise ObjectiveError(
                 f"{self._name} was expected to return losses with a gradient, but they have none; "
                 "compute them from the forward pass without detach() and torch.no_grad()"

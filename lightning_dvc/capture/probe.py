@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -90,6 +90,10 @@ class Probe:
         self._order: list[str] = []
         self._seen_good = False
         self._most = self.batch_size
+        self._tried = 0
+        self._overwritten: set[str] = set()
+        # cuDNN refuses to differentiate a recurrent layer in eval().
+        self._recurrent = any(isinstance(part, nn.RNNBase) for part in self.module.modules())
 
     @property
     def device(self) -> torch.device:
@@ -205,6 +209,7 @@ class Probe:
         captured, failed, full = None, False, False
         try:
             captured = self._pass(loaded, snapshots, gradients)
+            self._try_parts(captured)
         except DVCError:
             raise
         except Exception as error:
@@ -237,6 +242,14 @@ class Probe:
             piece = LoadedBatch(loaded.ids[part], samples, self.collate(samples), [])
             yield from self.look(piece, snapshots, gradients)
 
+    def _try_parts(self, captured: Captured | None) -> None:
+        """Form what scoring will, once for each size of batch, to see whether memory lasts."""
+        if captured is None or len(captured) <= self._tried:
+            return
+        for layer in captured.gradients:
+            next(iter(layer.parts()))
+        self._tried = len(captured) if captured.gradients else self._tried
+
     def _make_smaller(self, size: int, error: Exception) -> None:
         """Note that so many samples at once are too many for the memory."""
         if not self.adapts or size == 1:
@@ -251,9 +264,17 @@ class Probe:
     ) -> Captured | None:
         n = len(loaded.ids)
         batch = self.prepare(loaded.batch)
-        recorder = LayerCapture(self._found, self._projections)
-        with self.context(), torch.set_grad_enabled(gradients), recorder.recording(gradients):
+        recorder = LayerCapture(self._found, self._projections, self._overwritten)
+        with ExitStack() as stack:
+            stack.enter_context(self.context())
+            stack.enter_context(torch.set_grad_enabled(gradients))
+            if self._recurrent:
+                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            stack.enter_context(recorder.recording(gradients))
             outcome = self.objective(self.module, batch, n)
+        if gradients and recorder.overwritten:
+            self._overwritten.update(recorder.overwritten)
+            return self._pass(loaded, snapshots, gradients)
         if not self._order:
             self._settle_layers(recorder, n)
         elif recorder.reached != self._order:
@@ -395,40 +416,3 @@ def join(parts: Sequence[Captured]) -> Captured:
         ],
         fingerprints=torch.cat([part.fingerprints for part in parts]),
     )
-
-
-def layers_that_mix_samples(
-    names: Sequence[str],
-    seen: Sequence[Captured],
-    again: Sequence[Captured],
-    tolerance: float = 0.05,
-) -> list[str]:
-    """Find layers whose activations were dealt out to the wrong samples.
-
-    Args:
-        names: Names of the ``L`` captured layers.
-        seen: A pass over some samples, batch by batch, with gradients.
-        again: A pass over the same samples in another order.
-        tolerance: Largest difference between the two, relative to the largest gradient norm.
-
-    Returns:
-        Names of the layers in which the gradient norm of some sample depends on the order.
-    """
-    (ids, norms), (other_ids, others) = _norms_by_id(seen), _norms_by_id(again)
-    # Where samples are mixed, one that is not finite also spoils others, each time different ones.
-    norms, others = norms[torch.isin(ids, other_ids)], others[torch.isin(other_ids, ids)]
-    if not len(norms):
-        return []
-    difference = (norms - others).abs().amax(0)
-    mixed = difference > tolerance * norms.amax(0)
-    return [name for name, is_mixed in zip(names, mixed.tolist(), strict=True) if is_mixed]
-
-
-def _norms_by_id(parts: Sequence[Captured]) -> tuple[Tensor, Tensor]:
-    """Ids ``(n,)`` in order, and gradient norms ``(n, L)``, on the CPU."""
-    norms = [
-        torch.stack([layer.squared_norms().sqrt().cpu() for layer in part.gradients], dim=1)
-        for part in parts
-    ]
-    ids, order = torch.cat([part.ids for part in parts]).sort()
-    return ids, torch.cat(norms)[order]

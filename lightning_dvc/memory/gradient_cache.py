@@ -81,6 +81,11 @@ class GradientCache:
         return self._hits / max(1, self._lookups)
 
     @property
+    def bytes_per_number(self) -> int:
+        """Bytes in which a float32 is stored."""
+        return (self.dtype or torch.float32).itemsize
+
+    @property
     def n_bytes(self) -> int:
         """Bytes allocated, at most ``max_bytes``; 0 before the first :meth:`put`."""
         row = sum(_row_bytes(store, store.dtype) for store in self._storage.values())

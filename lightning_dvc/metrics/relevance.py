@@ -35,13 +35,16 @@ class MeanGradient(Protocol):
 
 
 class _Formed(MeanGradient):
-    def __init__(self, full: Tensor) -> None:
-        self.full = full
-        self.norm = torch.linalg.vector_norm(full)
+    """The sum of ``count`` gradients, divided where it is used rather than copied."""
+
+    def __init__(self, total: Tensor, count: int = 1) -> None:
+        self._total = total
+        self._count = count
+        self.norm = torch.linalg.vector_norm(total) / count
 
     @override
     def products(self, gradients: LayerGradients) -> Tensor:
-        return gradients.dot(self.full)
+        return gradients.dot(self._total) / self._count
 
 
 class _Factored(MeanGradient):
@@ -152,8 +155,7 @@ class ReferenceGradients:
         """Everything taken in, ready for :func:`relevance`."""
         n, labels = len(self._labels), self._labels
         factors = concatenate(self._factors) if self._factors else None
-        total = torch.stack(list(self._sums.values())).sum(0) if factors is None else factors.sum()
-        overall = total / n
+        overall = (sum_of(list(self._sums.values())) if factors is None else factors.sum()) / n
         n_classes = max(int(labels.max()) + 1, 0)
         counts = torch.bincount(labels[labels >= 0], minlength=n_classes)
         means: list[MeanGradient] = []
@@ -162,7 +164,7 @@ class ReferenceGradients:
             column[label] = len(means)
             count = int(counts[label])
             if factors is None:
-                means.append(_Formed(self._sums[label] / count))
+                means.append(_Formed(self._sums[label], count))
             else:
                 means.append(_cheaper(factors.rows(labels == label), count))
         column[column < 0] = len(means)
@@ -173,7 +175,7 @@ def _cheaper(members: LayerGradients, count: int) -> MeanGradient:
     rows, columns = members.full_shape
     if count * (rows + columns) < rows * columns:
         return _Factored(members)
-    return _Formed(members.sum() / count)
+    return _Formed(members.sum(), count)
 
 
 def relevance(gradients: LayerGradients, labels: Tensor, reference: RelevanceReference) -> Tensor:
@@ -218,3 +220,11 @@ def runs(gradients: LayerGradients, groups: Tensor) -> Iterator[tuple[int, Layer
     for group, length in zip(values.tolist(), lengths.tolist(), strict=True):
         yield group, gradients.rows(slice(start, start + length))
         start += length
+
+
+def sum_of(parts: list[Tensor]) -> Tensor:
+    """The sum of some full gradients, without stacking them."""
+    total = parts[0].clone()
+    for part in parts[1:]:
+        total += part
+    return total

@@ -54,8 +54,9 @@ class DVC:
         refine: Whether to go on after the budget is full, taking back what the model has come to
             disbelieve and filling up with better, never beyond the budget.
         reference_size: Reference samples drawn afresh each round, at least 1.
-        reservoir_size: Selected samples that stand for the selection in the diversity metric and
-            the training gradient, drawn afresh each round, at least 1.
+        reservoir_size: Selected samples that stand for the selection, drawn afresh each round, at
+            least 1: for the training gradient of gradient impact, as the reference where there is
+            no other, and for diversity (with the exact density at most 256 of them).
         review_size: Selected samples looked at each round to see whether the model still believes
             their labels, at least 1.
         stability_window: Earlier model states kept for the stability metric and the review, at

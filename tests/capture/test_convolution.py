@@ -12,6 +12,7 @@ from lightning_dvc.capture.convolution import CONVOLUTIONS, Convolved, padded_in
 from lightning_dvc.capture.gradients import Materialised, OuterProducts
 from lightning_dvc.capture.kinds import full_shape
 from lightning_dvc.capture.layers import LayerCapture, find_layers
+from lightning_dvc.errors import CaptureError
 
 MODES = ["zeros", "circular", "reflect", "replicate"]
 
@@ -189,3 +190,18 @@ def test_parts_are_smaller_for_large_images():
         sizes.append(len(parts[0]))
     assert sizes[0] == 64
     assert sizes[1] == 1
+
+
+def test_padding_that_was_changed_after_construction_counts_as_it_is():
+    net = Net({"layer": lambda: nn.Conv2d(2, 3, 3, padding=1)}, lambda net, x: net.layer(x))
+    net.layer.padding = (0, 2)
+    x = normal(3, 2, 6, 6)
+    (found,) = capture(net, x)
+    assert_gradients(found, slow(net, x, ["layer"])[0])
+
+
+def test_an_output_of_an_unexpected_size_is_refused():
+    layer = nn.Conv1d(1, 1, 3)
+    found = Convolved(layer, [torch.ones(2, 1, 8)], [torch.ones(2, 1, 7)])
+    with pytest.raises(CaptureError, match=r"would return \[6\] positions returned \[7\]"):
+        found.squared_norms()

@@ -585,15 +585,74 @@ def test_named_layers_are_found_without_a_warning():
         assert list(find_layers(net, ["layer"])) == ["layer"]
 
 
-def test_an_input_that_is_overwritten_is_refused():
+def test_an_input_that_is_overwritten_is_told_and_can_be_copied():
     def overwrite(net, x):
         hidden = net.first(x)
         out = net.frozen(hidden)
-        hidden.mul_(2)
-        return out + hidden
+        return out.sin() + (hidden.mul_(2) if net.in_place else hidden * 2)
 
-    net = Net({"first": linear(3, 3), "frozen": linear(3, 3)}, overwrite)
+    names = ["first", "frozen"]
+    net, x = Net(dict.fromkeys(names, linear(3, 3)), overwrite), normal(4, 3)
+    net.in_place = False
     net.frozen.requires_grad_(False)
-    recorder, losses = capture(net, normal(4, 3), ["first", "frozen"])
-    with pytest.raises(CaptureError, match="'frozen' received was overwritten"):
-        recorder.gradients(losses)
+    true = expected_gradients(net, names, x)
+    net.in_place = True
+    recorder, _ = capture(net, x, names)
+    assert recorder.overwritten == ["frozen"]
+    recorder = LayerCapture(find_layers(net, names), copied=["frozen"])
+    with recorder.recording():
+        losses = own_losses(net, x)
+    assert recorder.overwritten == []
+    for layer, expected in zip(recorder.gradients(losses), true, strict=True):
+        assert_gradients(layer, expected)
+
+
+class Masked(nn.Linear):
+    def forward(self, x):
+        return F.linear(x, self.weight * self.weight.gt(0), self.bias)
+
+
+class Causal(nn.Conv1d):
+    def forward(self, x):
+        return super().forward(F.pad(x, (2, 0)))
+
+
+@pytest.mark.parametrize("own", [lambda: Masked(3, 3), lambda: Causal(3, 3, 3)])
+def test_a_subclass_that_computes_otherwise_is_left_out_and_refused_by_name(own):
+    net = nn.Sequential(own(), nn.Linear(3, 3))
+    with pytest.warns(UserWarning, match="with a forward pass of its own"):
+        assert list(find_layers(net)) == ["1"]
+    with pytest.raises(CaptureError, match="with a forward pass of its own"):
+        find_layers(net, ["0"])
+
+
+def test_a_subclass_that_computes_as_usual_is_captured():
+    class Named(nn.Linear):
+        pass
+
+    assert list(find_layers(nn.Sequential(Named(2, 2)))) == ["0"]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_parametrised_layers_are_found_and_their_parts_are_not_named(bias):
+    net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3, bias=bias)))
+    assert list(find_layers(net)) == ["0"]
+
+
+def test_layers_that_share_a_weight_are_named():
+    net = nn.ModuleDict({"tokens": nn.Embedding(5, 3), "head": nn.Linear(3, 5, bias=False)})
+    net["head"].weight = net["tokens"].weight
+    with pytest.warns(UserWarning, match=r"\[\['tokens', 'head'\]\] share one weight"):
+        find_layers(net)
+
+
+def test_a_shared_layer_can_be_named_by_either_name():
+    layer = nn.Linear(2, 2)
+    assert list(find_layers(nn.ModuleDict({"a": layer, "b": layer}), ["b"])) == ["b"]
+
+
+@pytest.mark.parametrize("positions", [1, 2, 9])
+def test_fingerprints_of_sequences_of_one_position_have_the_usual_size(positions):
+    net = Net({"layer": linear(3, 3)}, lambda net, x: net.layer(x))
+    recorder, _ = capture(net, normal(4, positions, 3))
+    assert recorder.fingerprints(4).shape == (4, 24)

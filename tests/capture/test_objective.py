@@ -667,3 +667,20 @@ def test_what_the_user_returns_is_checked(returned, message):
 def test_objective_must_be_callable():
     with pytest.raises(ObjectiveError, match="a str"):
         resolve_objective(Net(None), "cross_entropy")
+
+
+def penalised(module, batch):
+    """A loss with a gradient penalty, which needs gradients whatever it is called for."""
+    x = batch.detach().requires_grad_()
+    losses = module.layer(x).square().sum(1)
+    (slope,) = torch.autograd.grad(losses.sum(), x, create_graph=True)
+    return losses + slope.square().sum(1), None
+
+
+def test_a_function_that_takes_gradients_of_its_own_works_without_gradients_too():
+    module, batch = Net(None), draw(N, D)
+    objective = resolve_objective(module, penalised)
+    wanted = objective(module, batch, N).losses.detach()
+    with torch.no_grad():
+        torch.testing.assert_close(objective(module, batch, N).losses.detach(), wanted)
+    assert module.layer.weight.requires_grad

@@ -13,13 +13,14 @@ from lightning.pytorch import LightningModule
 from torch import nn
 from torch.utils.data import Dataset, default_collate
 
-from lightning_dvc.capture.gradients import concatenate
+from lightning_dvc.capture.gradients import OuterProducts, concatenate
 from lightning_dvc.capture.guard import undisturbed
 from lightning_dvc.capture.layers import find_layers
 from lightning_dvc.capture.objective import resolve_objective
-from lightning_dvc.capture.probe import Probe, join, layers_that_mix_samples, rows
+from lightning_dvc.capture.probe import Probe, join, rows
 from lightning_dvc.capture.projection import plan_projections
 from lightning_dvc.capture.snapshots import Snapshots
+from lightning_dvc.capture.trial import differing
 from lightning_dvc.errors import BadSampleError, CaptureError, ObjectiveError
 
 WIDTH, CLASSES, SIZE = 4, 3, 12
@@ -654,7 +655,7 @@ def test_a_named_layer_without_an_output_for_each_sample_is_refused(layers):
 def mixed(probe, ids=range(SIZE), dataset=None):
     ids = list(ids)
     seen, again = batches(probe, ids, dataset), batches(probe, ids[::-1], dataset)
-    return layers_that_mix_samples(list(probe.captured_layers), seen, again)
+    return differing(list(probe.captured_layers), seen, again)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 5, 12])
@@ -808,3 +809,17 @@ def test_join_without_gradients():
     assert joined.ids.tolist() == [3, 1, 2]
     assert joined.gradients == []
     assert_same(joined, look(probe, [3, 1, 2], gradients=False))
+
+
+def test_memory_that_ends_when_gradients_are_formed_halves_the_batch_too(monkeypatch):
+    whole = OuterProducts.parts
+
+    def parts(self, *args, **kwargs):
+        if len(self) > 5:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return whole(self, *args, **kwargs)
+
+    monkeypatch.setattr(OuterProducts, "parts", parts)
+    probe = make_probe(batch_size=SIZE)
+    assert [len(part) for part in batches(probe, range(SIZE))] == [3, 3, 3, 3]
+    assert probe.bad == []

@@ -210,3 +210,11 @@ def test_only_what_the_metrics_need_is_prepared():
         for std in Rounds(needs).examine().standards:
             assert (std.selected is not None) == ("diversity" in needs)
             assert (std.momentum is not None) == ("gradient_impact" in needs)
+
+
+def test_the_exact_density_is_made_of_points_from_all_over_the_reservoir():
+    # A reservoir is in the order of ids, so that its first points are those of the first source.
+    points = torch.arange(1000.0)[:, None]
+    density = Rounds().observer._density(points, seed=0)
+    found = density.log_density(points[[100, 500, 900]])
+    assert found.max() - found.min() < 0.5
