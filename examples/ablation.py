@@ -2,7 +2,8 @@
 
 Run ``python -m examples.ablation --data-dir DIR``. It writes one row per finished run to
 ``artefacts/ablation.csv``, goes on where it stopped, and prints, per variant and data set, the
-share of the way from random to clean-only selection, averaged over seeds.
+share of the way from random to clean-only selection, averaged over seeds. With ``--n-val N`` every
+data set has N validation samples, and the file is ``artefacts/ablation_N.csv``.
 """
 
 import argparse
@@ -22,7 +23,6 @@ from examples.datasets import LOADERS
 from lightning_dvc import DVC, FixedWeights
 from lightning_dvc.strategies.dvc import DEFAULT_WEIGHTS
 
-FILE = Path("artefacts/ablation.csv")
 CELLS: dict[str, dict[str, Any]] = {
     "digits": {"n_val": 150, "budget": 0.2, "batch_size": 16},
     "mnist": {"n_val": 500, "budget": 0.1},
@@ -50,6 +50,7 @@ VARIANTS: dict[str, Callable[[], DVC]] = {
     "no class quota": lambda: DVC(class_slack=float("inf")),
     "near-duplicates kept": lambda: DVC(duplicate_angle=0.0),
     "flat bandit": lambda: DVC(temperature=1.0),
+    "held-out reference only": lambda: DVC(blend=0),
 }
 REFERENCES = ("random", "clean")
 
@@ -62,17 +63,18 @@ class Job(NamedTuple):
     seed: int
 
 
-def problem_of(job: Job, data_dir: Path | None) -> Problem:
+def problem_of(job: Job, data_dir: Path | None, n_val: int | None = None) -> Problem:
     """The data set of a job, judged on held-out training rows."""
     data = LOADERS[job.dataset](data_dir)
-    return deal_out(data, job.seed, tuning=True, **CELLS[job.dataset])
+    cell = CELLS[job.dataset] if n_val is None else {**CELLS[job.dataset], "n_val": n_val}
+    return deal_out(data, job.seed, tuning=True, **cell)
 
 
-def run(job: Job, data_dir: Path | None) -> tuple[Job, float]:
+def run(job: Job, data_dir: Path | None, n_val: int | None) -> tuple[Job, float]:
     """Accuracy after training from scratch on what the variant selects."""
     quiet()
     torch.set_num_threads(1)
-    problem = problem_of(job, data_dir)
+    problem = problem_of(job, data_dir, n_val)
     if job.variant in REFERENCES:
         pool, clean, anything = clean_and_random(problem, job.seed)
         chosen = clean if job.variant == "clean" else anything
@@ -82,11 +84,11 @@ def run(job: Job, data_dir: Path | None) -> tuple[Job, float]:
     return job, train_from_scratch(problem, Subset(datamodule.pools.dataset, chosen), job.seed)
 
 
-def finished() -> dict[Job, float]:
+def finished(path: Path) -> dict[Job, float]:
     """The rows written so far."""
-    if not FILE.exists():
+    if not path.exists():
         return {}
-    with FILE.open(newline="") as file:
+    with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     return {
         Job(row["variant"], row["dataset"], int(row["seed"])): float(row["accuracy"])
@@ -94,22 +96,22 @@ def finished() -> dict[Job, float]:
     }
 
 
-def remaining(datasets: list[str], seeds: int) -> Iterator[Job]:
+def remaining(path: Path, datasets: list[str], variants: list[str], seeds: int) -> Iterator[Job]:
     """What is still to be run, the references first."""
-    done = finished()
+    done = finished(path)
     for dataset in datasets:
-        for variant in (*REFERENCES, *VARIANTS):
+        for variant in (*REFERENCES, *variants):
             for seed in range(seeds):
                 if Job(variant, dataset, seed) not in done:
                     yield Job(variant, dataset, seed)
 
 
-def table() -> str:
+def table(path: Path) -> str:
     """Share closed per variant and data set, their mean, and all gains over all gaps.
 
     The last column is not ruled by a data set on which random and clean-only hardly differ.
     """
-    done = finished()
+    done = finished(path)
     shares: dict[tuple[str, str], list[float]] = defaultdict(list)
     gains: dict[str, float] = defaultdict(float)
     gaps: dict[str, float] = defaultdict(float)
@@ -123,7 +125,7 @@ def table() -> str:
     datasets = [name for name in CELLS if any(name == found for _, found in shares)]
     heads = ["variant", *datasets, "mean", "gains / gaps"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for variant in VARIANTS:
+    for variant in [name for name in VARIANTS if name in gains]:
         means = [float(np.mean(shares[variant, name])) for name in datasets]
         pooled = gains[variant] / gaps[variant]
         cells = " | ".join(f"{x:.0%}" for x in (*means, float(np.mean(means)), pooled))
@@ -136,14 +138,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--datasets", nargs="+", default=list(CELLS), choices=list(CELLS))
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--n-val", type=int, help="validation samples, the same for all data sets")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
-    FILE.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not FILE.exists()
-    jobs = [(job, arguments.data_dir) for job in remaining(arguments.datasets, arguments.seeds)]
+    n_val = arguments.n_val
+    path = Path("artefacts") / ("ablation.csv" if n_val is None else f"ablation_{n_val}.csv")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not path.exists()
+    wanted = remaining(path, arguments.datasets, arguments.variants, arguments.seeds)
+    jobs = [(job, arguments.data_dir, n_val) for job in wanted]
     context = multiprocessing.get_context("spawn")
-    with context.Pool(arguments.processes) as pool, FILE.open("a", newline="") as file:
+    with context.Pool(arguments.processes) as pool, path.open("a", newline="") as file:
         writer = csv.writer(file)
         if is_new:
             writer.writerow((*Job._fields, "accuracy"))
@@ -151,7 +158,7 @@ def main() -> None:
             job, accuracy = done.get()
             writer.writerow((*job, f"{accuracy:.4f}"))
             file.flush()
-    print(table())
+    print(table(path))
 
 
 if __name__ == "__main__":

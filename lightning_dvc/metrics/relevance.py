@@ -37,7 +37,7 @@ class MeanGradient(Protocol):
 class _Formed(MeanGradient):
     """The sum of ``count`` gradients, divided where it is used rather than copied."""
 
-    def __init__(self, total: Tensor, count: int = 1) -> None:
+    def __init__(self, total: Tensor, count: float = 1) -> None:
         self._total = total
         self._count = count
         self.norm = torch.linalg.vector_norm(total) / count
@@ -169,6 +169,40 @@ class ReferenceGradients:
                 means.append(_cheaper(factors.rows(labels == label), count))
         column[column < 0] = len(means)
         return RelevanceReference(overall, [*means, _Formed(overall)], column)
+
+    def blended(self, other: "ReferenceGradients", counting_as: float) -> RelevanceReference:
+        """Means over these samples and those of another set, which weigh less.
+
+        Args:
+            other: The other set, at least one sample.
+            counting_as: As how many of these samples the others count together, above 0.
+        """
+        sums: dict[int, Tensor] = {}
+        counts: dict[int, float] = {}
+        for part, weight in ((self, 1.0), (other, counting_as / len(other._labels))):
+            for label, (total, count) in part._by_label().items():
+                before = sums.get(label)
+                scaled = total * weight
+                sums[label] = scaled if before is None else before.add_(scaled)
+                counts[label] = counts.get(label, 0.0) + weight * count
+        overall = sum_of(list(sums.values())) / sum(counts.values())
+        means: list[MeanGradient] = []
+        column = torch.full((max(max(counts) + 1, 0) + 1,), -1)
+        for label in sorted(counts):
+            if label >= 0 and counts[label] >= MIN_CLASS_SAMPLES:
+                column[label] = len(means)
+                means.append(_Formed(sums[label], counts[label]))
+        column[column < 0] = len(means)
+        return RelevanceReference(overall, [*means, _Formed(overall)], column)
+
+    def _by_label(self) -> dict[int, tuple[Tensor, int]]:
+        """The sum and the number of the gradients of each label."""
+        if self._factors:
+            self._sum_up(concatenate(self._factors), self._labels)
+            self._factors.clear()
+        labels, counts = torch.unique(self._labels, return_counts=True)
+        pairs = zip(labels.tolist(), counts.tolist(), strict=True)
+        return {label: (self._sums[label], count) for label, count in pairs}
 
 
 def _cheaper(members: LayerGradients, count: int) -> MeanGradient:

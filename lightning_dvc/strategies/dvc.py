@@ -54,6 +54,9 @@ class DVC:
         refine: Whether to go on after the budget is full, taking back what the model has come to
             disbelieve and filling up with better, never beyond the budget.
         reference_size: Reference samples drawn afresh each round, at least 1.
+        blend: As how many reference samples the selected ones count together, at least 0: they
+            stand beside the held-out ones, in mean gradients and in the label mix, while there are
+            fewer than ten times as many of these.
         reservoir_size: Selected samples that stand for the selection, drawn afresh each round, at
             least 1: for the training gradient of gradient impact, as the reference where there is
             no other, and for diversity (with the exact density at most 256 of them).
@@ -101,6 +104,7 @@ class DVC:
         allocation: Literal["softmax", "argmax"] = "softmax",
         refine: bool = False,
         reference_size: int = 1000,
+        blend: int = 50,
         reservoir_size: int = 1000,
         review_size: int = 10_000,
         stability_window: int = 4,
@@ -115,6 +119,7 @@ class DVC:
     ) -> None:
         check_settings(
             ("reference_size", reference_size, reference_size >= 1, "at least 1"),
+            ("blend", blend, blend >= 0, "at least 0"),
             ("reservoir_size", reservoir_size, reservoir_size >= 1, "at least 1"),
             ("review_size", review_size, review_size >= 1, "at least 1"),
             ("stability_window", stability_window, stability_window >= 0, "at least 0"),
@@ -145,6 +150,7 @@ class DVC:
             self.weights.measures,
             ObserverSettings(
                 reference_size=reference_size,
+                blend=blend,
                 reservoir_size=reservoir_size,
                 review_size=review_size,
                 stability_window=stability_window,

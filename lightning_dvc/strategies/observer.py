@@ -26,6 +26,8 @@ from lightning_dvc.strategies.scoring import LayerStandards, Scores
 _MOMENTUM_DECAY: Final = 0.9
 # Norms of the last round or so: older ones belong to a model that is gone.
 _NORM_WINDOW: Final = 1024
+# From ten times the blend on, selected samples would be less than a tenth of the reference.
+_ENOUGH: Final = 10
 DENSITY_SIZE: Final = 256
 """Points of the reservoir that the exact density is made of. With 1,000 of them diversity took half
 as long as a training step of a small MLP."""
@@ -39,6 +41,7 @@ class ObserverSettings:
     """Sizes and tolerances; see :class:`lightning_dvc.strategies.dvc.DVC`, which documents them."""
 
     reference_size: int
+    blend: int
     reservoir_size: int
     review_size: int
     stability_window: int
@@ -96,11 +99,16 @@ class Observer:
         self._saved: Mapping[str, Any] | None = None
         self._tells_repeats = True
         self._cache_pays = False
+        self._trust = 0.0
 
     @property
     def figures(self) -> dict[str, float]:
-        """Hit rate and bytes of the gradient cache."""
-        return {"cache_hit_rate": self._cache.hit_rate, "cache_bytes": self._cache.n_bytes}
+        """Hit rate and bytes of the cache; the share of held-out samples in the reference."""
+        return {
+            "cache_hit_rate": self._cache.hit_rate,
+            "cache_bytes": self._cache.n_bytes,
+            "reference_held_out": self._trust,
+        }
 
     def examine(self, this: Round) -> Examined:
         """Look at reference samples and at the selection, as the model sees them now."""
@@ -112,13 +120,22 @@ class Observer:
         if reference is None:
             reference, gradients, seen = reservoir, training, of_selected
         else:
-            seen = of_reference
+            seen, self._trust = of_reference, 1.0
             seen.record(reference.ids, reference.confidence, this.number)
-        means = [layer.means() for layer in gradients]
+        labels = reference.labels
+        if self._blends(this):
+            blend = self._settings.blend
+            pairs = zip(gradients, training, strict=True)
+            means = [layer.blended(other, blend) for layer, other in pairs]
+            # As many labels as they count for, from all over the reservoir.
+            labels = torch.cat([labels, reservoir.labels[:: -(-len(reservoir) // blend)]])
+            self._trust = len(reference) / (len(reference) + blend)
+        else:
+            means = [layer.means() for layer in gradients]
         return Examined(
             self._standards(reference, reservoir, means, training, this.seed),
             [layer.overall for layer in means],
-            reference.labels,
+            labels,
             seen.recent(reference.ids, this.number).nanmean(1),
             of_selected.recent(this.selected, this.number).nanmean(1),
         )
@@ -220,6 +237,11 @@ class Observer:
             (drift <= self._settings.drift_tolerance).all()
         )
 
+    def _blends(self, this: Round) -> bool:
+        """Whether held-out samples are so few that selected ones are to stand beside them."""
+        n = 0 if this.reference is None else len(this.reference)  # type: ignore[arg-type]  # checked
+        return 0 < min(n, self._settings.reference_size) < _ENOUGH * self._settings.blend
+
     def _look_at_reference(self, this: Round) -> tuple[Captured | None, list[ReferenceGradients]]:
         gradients: list[ReferenceGradients] = []
         if this.reference is None:
@@ -245,7 +267,7 @@ class Observer:
         sizes = self._settings
         ids = _some(this.selected, sizes.reservoir_size, this, "reservoir")
         gradients: list[ReferenceGradients] = []
-        stands_in = this.reference is None
+        stands_in = this.reference is None or self._blends(this)
         take = partial(_take, gradients, by_label=stands_in)
         wanted = stands_in or "gradient_impact" in self._needs
         reservoir = this.probe.capture_all(this.pools.dataset, ids, take if wanted else None)

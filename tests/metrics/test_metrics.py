@@ -603,3 +603,35 @@ def test_six_metrics_of_a_captured_batch_make_its_value():
         for i in range(n)
     ]
     torch.testing.assert_close(found.double(), torch.tensor(expected, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("form", ["factors", "formed", "no classes"])
+def test_blended_means_weigh_the_other_set_as_so_many_samples(form):
+    def gradients(n, seed):
+        generator = torch.Generator().manual_seed(seed)
+        a, delta = (torch.randn(n, 1, d, generator=generator, dtype=torch.float64) for d in (3, 2))
+        found = OuterProducts(a, delta, bias=True)
+        return found.formed() if form == "formed" else found
+
+    mine, others = gradients(7, 0), gradients(10, 1)
+    at, of = torch.tensor([0, 0, 0, 1, 1, -1, 2]), torch.tensor([1, 1, 1, 1, 1, 0, 0, 2, 2, 3])
+    if form == "no classes":
+        at, of = torch.full_like(at, -1), torch.full_like(of, -1)
+    sets = [ReferenceGradients(), ReferenceGradients()]
+    sets[0].add(mine, at)
+    sets[1].add(others, of)
+    found = sets[0].blended(sets[1], counting_as=4.0)
+
+    full = torch.cat([mine.formed().gradients, others.formed().gradients])
+    weights = torch.cat([torch.ones(7), torch.full((10,), 0.4, dtype=torch.float64)])
+    labels = torch.cat([at, of])
+    overall = oracles.weighted_sum((weights / weights.sum()).tolist(), list(full))
+    torch.testing.assert_close(found.overall, overall)
+    for label in (-1, 0, 1, 2, 3, 9):
+        members = weights * (labels == label)
+        enough = label >= 0 and members.sum() >= 3
+        mean = overall
+        if enough:
+            mean = oracles.weighted_sum((members / members.sum()).tolist(), list(full))
+        wanted = [oracles.inner(g, mean) / oracles.norm(g) / oracles.norm(mean) for g in full[:7]]
+        near(relevance(mine, torch.full((7,), label), found), wanted)

@@ -48,6 +48,7 @@ class Rounds:
             "stability_window": WINDOW,
             "duplicate_angle": 0.1,
             "density": "exact",
+            "blend": 0,
             "cache_bytes": 0,
             "cache_dtype": None,
             "drift_tolerance": 0.01,
@@ -218,3 +219,16 @@ def test_the_exact_density_is_made_of_points_from_all_over_the_reservoir():
     density = Rounds().observer._density(points, seed=0)
     found = density.log_density(points[[100, 500, 900]])
     assert found.max() - found.min() < 0.5
+
+
+@pytest.mark.parametrize(("blend", "trust"), [(0, 1.0), (3, 1.0), (4, None), (40, None)])
+def test_a_small_reference_leans_on_the_selection(blend, trust):
+    rounds = Rounds(blend=blend)
+    n = len(rounds.reference)
+    examined = rounds.examine()
+    assert rounds.observer.figures["reference_held_out"] == (trust or n / (n + blend))
+    blended = trust is None
+    assert (len(examined.labels) > n) == blended
+    plain = Rounds(blend=0).examine()
+    same = torch.equal(plain.gradient[0], examined.gradient[0])
+    assert same != blended
