@@ -21,7 +21,7 @@ from torch.utils.data import Subset
 from examples.compare import Problem, clean_and_random, deal_out, quiet, select, train_from_scratch
 from examples.datasets import LOADERS
 from lightning_dvc import DVC, FixedWeights
-from lightning_dvc.strategies.dvc import DEFAULT_WEIGHTS
+from lightning_dvc.policy.weights import DEFAULT_WEIGHTS
 
 CELLS: dict[str, dict[str, Any]] = {
     "digits": {"n_val": 150, "budget": 0.2, "batch_size": 16},

@@ -15,8 +15,8 @@ from torch.utils.data import TensorDataset
 
 from lightning_dvc import DVC, BayesianWeights, DVCCallback, DVCDataModule, FixedWeights, Random
 from lightning_dvc.errors import BadSampleError, CaptureError, ConfigurationError, ObjectiveError
+from lightning_dvc.policy.weights import DEFAULT_WEIGHTS
 from lightning_dvc.records import METRICS
-from lightning_dvc.strategies.dvc import DEFAULT_WEIGHTS
 
 
 def make(sources=None, **settings):

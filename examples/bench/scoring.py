@@ -20,9 +20,8 @@ from lightning_dvc.memory.density import ExactDensity, median_bandwidth_squared
 from lightning_dvc.memory.gradient_cache import GradientCache
 from lightning_dvc.memory.near_duplicates import N_TABLES, NearDuplicates
 from lightning_dvc.metrics.relevance import ReferenceGradients
-from lightning_dvc.policy.weights import FixedWeights
+from lightning_dvc.policy.weights import DEFAULT_WEIGHTS, FixedWeights
 from lightning_dvc.records import METRICS
-from lightning_dvc.strategies.dvc import DEFAULT_WEIGHTS
 from lightning_dvc.strategies.observer import DENSITY_SIZE
 from lightning_dvc.strategies.rewards import ArmRewards
 from lightning_dvc.strategies.scoring import LayerStandards, Scores, score

@@ -15,6 +15,9 @@ from lightning_dvc.records import METRICS
 
 _LOGGER = logging.getLogger(__name__)
 
+DEFAULT_WEIGHTS: Final = {"quality": 0.3, "relevance": 1.0, "diversity": 0.1, "uncertainty": 1.0}
+"""Weights that measured best on six data sets: ``python -m examples.ablation``."""
+
 _SIMPLEX_TOLERANCE: Final = 1e-6
 _RAW_STARTS: Final = 256
 """Points at which the acquisition is evaluated to find good starts for its optimiser."""
@@ -107,8 +110,8 @@ class FixedWeights:
 class BayesianWeights:
     """Weights by Bayesian optimisation of the validation score (5.1).
 
-    The first answer is equal weights, the next ones are spread evenly over the simplex (Sobol), and
-    once ``initial`` scores are known, each maximises the expected improvement under a Gaussian
+    The first answer is :data:`DEFAULT_WEIGHTS`, the next ones are spread evenly over the simplex
+    (Sobol), and once ``initial`` scores are known, each maximises the expected improvement under a Gaussian
     process of (weights, progress); see :func:`lightning_dvc.policy.surrogate.propose`. Where that
     is not possible (all scores are equal, or the fit fails), the answer is another Sobol point.
 
@@ -127,10 +130,10 @@ class BayesianWeights:
 
     Example:
         >>> policy = BayesianWeights(seed=1)
-        >>> equal = policy.ask(progress=0.0)
-        >>> [round(weight, 4) for weight in equal.tolist()]
-        [0.1667, 0.1667, 0.1667, 0.1667, 0.1667, 0.1667]
-        >>> policy.tell(equal, progress=0.0, score=0.7)
+        >>> first = policy.ask(progress=0.0)
+        >>> [round(weight, 4) for weight in first.tolist()]
+        [0.125, 0.4167, 0.0417, 0.0, 0.4167, 0.0]
+        >>> policy.tell(first, progress=0.0, score=0.7)
         >>> round(policy.ask(progress=0.1).sum().item(), 9)
         1.0
     """
@@ -166,7 +169,7 @@ class BayesianWeights:
         if proposal is not None:
             return proposal
         if number == 0:
-            return _normalised(None)
+            return _normalised(DEFAULT_WEIGHTS)
         return _spread(self.seed, "weights", number, 1)[0]
 
     def tell(self, weights: Tensor, progress: float, score: float) -> None:

@@ -17,16 +17,13 @@ from lightning_dvc.errors import ConfigurationError, check_settings
 from lightning_dvc.policy.bandit import SourceBandit
 from lightning_dvc.policy.diversify import class_ceilings, diversify
 from lightning_dvc.policy.refine import disowned, threshold
-from lightning_dvc.policy.weights import FixedWeights, WeightPolicy
+from lightning_dvc.policy.weights import DEFAULT_WEIGHTS, FixedWeights, WeightPolicy
 from lightning_dvc.pools import Pools
 from lightning_dvc.records import Choice
 from lightning_dvc.strategies.base import Round
 from lightning_dvc.strategies.observer import Examined, Observer, ObserverSettings
 from lightning_dvc.strategies.rewards import ArmRewards
 from lightning_dvc.strategies.scoring import Scores, join_scores, score
-
-DEFAULT_WEIGHTS: Final = {"quality": 0.3, "relevance": 1.0, "diversity": 0.1, "uncertainty": 1.0}
-"""Weights that measured best on six data sets: ``python -m examples.ablation``."""
 
 _TAKE_BACK_FROM: Final = 3
 
@@ -40,7 +37,8 @@ class DVC:
     are chosen, and how many, does not depend on costs: the budget is a number of samples.
 
     Args:
-        weights: How the six metrics are weighed: by :data:`DEFAULT_WEIGHTS` when not given, see
+        weights: How the six metrics are weighed: when not given, by
+            :data:`~lightning_dvc.policy.weights.DEFAULT_WEIGHTS`; see
             :class:`~lightning_dvc.policy.weights.FixedWeights` and
             :class:`~lightning_dvc.policy.weights.BayesianWeights`.
         layer_weights: ``alpha`` of equation 5, one number of at least 0 per captured layer, scaled
