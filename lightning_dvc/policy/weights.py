@@ -111,9 +111,10 @@ class BayesianWeights:
     """Weights by Bayesian optimisation of the validation score (5.1).
 
     The first answer is :data:`DEFAULT_WEIGHTS`, the next ones are spread evenly over the simplex
-    (Sobol), and once ``initial`` scores are known, each maximises the expected improvement under a Gaussian
-    process of (weights, progress); see :func:`lightning_dvc.policy.surrogate.propose`. Where that
-    is not possible (all scores are equal, or the fit fails), the answer is another Sobol point.
+    (Sobol), and once ``initial`` scores are known, each maximises the expected improvement under a
+    Gaussian process of (weights, progress); see
+    :func:`lightning_dvc.policy.surrogate.propose`. Where that is not possible (all scores are
+    equal, or the fit fails), the answer is another Sobol point.
 
     Answers depend on the seed, the number of asks and the observations only, so that a resumed run
     gets the answers of the uninterrupted one.
