@@ -124,7 +124,8 @@ class Observer:
             seen.record(reference.ids, reference.confidence, this.number)
         labels = reference.labels
         if self._blends(this):
-            blend = self._settings.blend
+            # A selected sample never counts for more than a held-out one.
+            blend = min(self._settings.blend, len(reservoir))
             pairs = zip(gradients, training, strict=True)
             means = [layer.blended(other, blend) for layer, other in pairs]
             # As many labels as they count for, from all over the reservoir.
