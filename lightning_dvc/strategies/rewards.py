@@ -22,8 +22,11 @@ class ArmRewards:
     """
 
     def __init__(self, n_arms: int, reference: Sequence[Tensor]) -> None:
-        self._reference = [full.double() for full in reference]
-        # In double precision, so that it matters little in which order processes add up batches.
+        # In double precision, so that it matters little in which order processes add up batches;
+        # Apple's devices have none.
+        self._reference = [
+            full if full.device.type == "mps" else full.double() for full in reference
+        ]
         self._sums = [full.new_zeros(n_arms, *full.shape) for full in self._reference]
         self._batch: dict[tuple[int, int], Tensor] = {}
         self._counts = torch.zeros(n_arms, dtype=torch.int64)
