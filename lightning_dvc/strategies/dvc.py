@@ -54,7 +54,7 @@ class DVC:
         reference_size: Reference samples drawn afresh each round, at least 1.
         blend: As how many reference samples the selected ones count together, at least 0, and each
             as one at most: they stand beside the held-out ones, in mean gradients and in the label
-            mix, while there are fewer than ten times as many of these.
+            mix, while there are fewer than twice as many of these.
         reservoir_size: Selected samples that stand for the selection, drawn afresh each round, at
             least 1: for the training gradient of gradient impact, as the reference where there is
             no other, and for diversity (with the exact density at most 256 of them).

@@ -26,8 +26,9 @@ from lightning_dvc.strategies.scoring import LayerStandards, Scores
 _MOMENTUM_DECAY: Final = 0.9
 # Norms of the last round or so: older ones belong to a model that is gone.
 _NORM_WINDOW: Final = 1024
-# From ten times the blend on, selected samples would be less than a tenth of the reference.
-_ENOUGH: Final = 10
+# Multiples of the blend. With 50 held-out samples a blend of 50 gains, with 150 or 200 it does not
+# (docs/results.md).
+_ENOUGH: Final = 2
 DENSITY_SIZE: Final = 256
 """Points of the reservoir that the exact density is made of. With 1,000 of them diversity took half
 as long as a training step of a small MLP."""

@@ -221,7 +221,7 @@ def test_the_exact_density_is_made_of_points_from_all_over_the_reservoir():
     assert found.max() - found.min() < 0.5
 
 
-@pytest.mark.parametrize(("blend", "trust"), [(0, 1.0), (3, 1.0), (4, 30 / 34), (40, 30 / 50)])
+@pytest.mark.parametrize(("blend", "trust"), [(0, 1.0), (15, 1.0), (16, 30 / 46), (40, 30 / 50)])
 def test_a_small_reference_leans_on_the_selection(blend, trust):
     rounds = Rounds(blend=blend)
     n = len(rounds.reference)
