@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_dvc.capture.gradients import LayerGradients, restore
+from lightning_dvc.capture.gradients import LayerGradients
 from lightning_dvc.capture.probe import Captured, Probe, rows
 from lightning_dvc.capture.snapshots import Snapshots
 from lightning_dvc.memory.gradient_cache import GradientCache
@@ -93,7 +93,7 @@ class CachedProbe:
         for number, like in enumerate(self._probe.like):
             prefix = f"gradients.{number}."
             tensors = {n.removeprefix(prefix): x for n, x in moved.items() if n.startswith(prefix)}
-            gradients.append(restore(tensors, like))
+            gradients.append(like.restored(tensors))
         representations = [moved[f"representations.{i}"] for i in range(len(gradients))]
         plain = {name: moved[name] for name in _PLAIN}
         return Captured(ids=ids, gradients=gradients, representations=representations, **plain)

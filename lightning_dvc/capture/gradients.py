@@ -100,6 +100,10 @@ class LayerGradients(ABC):
     def tensors(self) -> dict[str, Tensor]:
         """What the gradients are made of, each ``(n, ...)``, for a cache; see :func:`restore`."""
 
+    def restored(self, tensors: dict[str, Tensor]) -> "LayerGradients":
+        """Rebuild, for this layer, what :meth:`tensors` took apart."""
+        return Materialised(tensors["gradients"])
+
     def parts(
         self, numbers: int | None = None, order: Tensor | None = None
     ) -> Iterator[tuple[slice | Tensor, "LayerGradients"]]:
@@ -141,7 +145,18 @@ class LayerGradients(ABC):
         return total
 
 
-class OuterProducts(LayerGradients):
+class Positional(LayerGradients):
+    """Gradients kept position by position."""
+
+    deltas: Tensor
+    """``(n, T, d)`` gradient of each sample's own loss with respect to the layer's output."""
+
+    @abstractmethod
+    def padded(self, positions: int) -> "Positional":
+        """The same with more positions, at which nothing happens."""
+
+
+class OuterProducts(Positional):
     """Gradients kept as the factors ``a`` and ``delta``.
 
     Args:
@@ -211,7 +226,7 @@ class OuterProducts(LayerGradients):
 
     @override
     def rows(self, index: Tensor | slice) -> "OuterProducts":
-        index = _on(index, self.inputs)
+        index = on_device(index, self.inputs)
         return OuterProducts(self.inputs[index], self.deltas[index], self.bias)
 
     @override
@@ -239,7 +254,7 @@ class OuterProducts(LayerGradients):
         self, numbers: int | None = None, order: Tensor | None = None
     ) -> Iterator[tuple[slice | Tensor, LayerGradients]]:
         if self.positions == 1:
-            yield _whole(self, order)
+            yield whole(self, order)
         else:
             yield from super().parts(numbers, order)
 
@@ -247,8 +262,12 @@ class OuterProducts(LayerGradients):
     def tensors(self) -> dict[str, Tensor]:
         return {"inputs": self.inputs, "deltas": self.deltas}
 
+    @override
+    def restored(self, tensors: dict[str, Tensor]) -> "OuterProducts":
+        return OuterProducts(tensors["inputs"], tensors["deltas"], self.bias)
+
+    @override
     def padded(self, positions: int) -> "OuterProducts":
-        """The same with more positions, at which nothing happens."""
         missing = (0, 0, 0, positions - self.positions)
         return OuterProducts(F.pad(self.inputs, missing), F.pad(self.deltas, missing), self.bias)
 
@@ -300,7 +319,7 @@ class Materialised(LayerGradients):
 
     @override
     def rows(self, index: Tensor | slice) -> "Materialised":
-        return Materialised(self.gradients[_on(index, self.gradients)])
+        return Materialised(self.gradients[on_device(index, self.gradients)])
 
     @override
     def formed(self) -> "Materialised":
@@ -319,132 +338,6 @@ class Materialised(LayerGradients):
         return {"gradients": self.gradients}
 
 
-class Scattered(LayerGradients):
-    """Gradients of an embedding: the rows of its table that a sample looks up, and no others.
-
-    Args:
-        tokens: ``(n, T)`` int64 rows of the table, each at least 0.
-        deltas: ``(n, T, d)`` gradient of each sample's own loss with respect to what was looked up,
-            0 where it does not count.
-        n_tokens: Rows of the table, ``V``.
-
-    A full gradient is ``(V, d)``.
-
-    Example:
-        >>> g = Scattered(torch.tensor([[0, 2, 2]]), torch.ones(1, 3, 1), n_tokens=3)
-        >>> g.squared_norms(), g.sum().tolist()
-        (tensor([5.]), [[1.0], [0.0], [2.0]])
-    """
-
-    def __init__(self, tokens: Tensor, deltas: Tensor, n_tokens: int) -> None:
-        self.tokens = tokens
-        self.deltas = deltas
-        self.n_tokens = n_tokens
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    @property
-    @override
-    def full_shape(self) -> tuple[int, int]:
-        return self.n_tokens, self.deltas.shape[2]
-
-    @property
-    @override
-    def like(self) -> Tensor:
-        return self.deltas
-
-    @property
-    @override
-    def form(self) -> str:
-        return "scattered over tokens"
-
-    @override
-    def squared_norms(self) -> Tensor:
-        found = []
-        size = max(1, suitable_part(self.like.device) // max(1, self.tokens.shape[1] ** 2))
-        for start in range(0, max(1, len(self)), size):
-            rows = slice(start, start + size)
-            tokens, deltas = self.tokens[rows], self.deltas[rows]
-            same = tokens[:, :, None] == tokens[:, None, :]
-            found.append((same * (deltas @ deltas.transpose(1, 2))).sum((1, 2)))
-        return torch.cat(found)
-
-    @override
-    def dot(self, full: Tensor) -> Tensor:
-        return (F.embedding(self.tokens, full) * self.deltas).sum((1, 2))
-
-    @override
-    def accumulate(self, into: Tensor) -> None:
-        into.index_add_(0, self.tokens.flatten(), self.deltas.flatten(0, 1))
-
-    @override
-    def rows(self, index: Tensor | slice) -> "Scattered":
-        index = _on(index, self.deltas)
-        return Scattered(self.tokens[index], self.deltas[index], self.n_tokens)
-
-    @override
-    def formed(self) -> Materialised:
-        full = self.deltas.new_zeros(len(self), *self.full_shape)
-        where = self.tokens[:, :, None].expand_as(self.deltas)
-        return Materialised(full.scatter_add_(1, where, self.deltas))
-
-    @override
-    def projected(self, left: Tensor, right: Tensor) -> OuterProducts:
-        looked_up = F.embedding(self.tokens, left.to(self.deltas))
-        return OuterProducts(self.deltas @ right.to(self.deltas), looked_up, bias=False)
-
-    @override
-    def bound(self) -> Tensor:
-        return self.deltas.square().sum(2).sqrt().sum(1).square()
-
-    @override
-    def parts(
-        self, numbers: int | None = None, order: Tensor | None = None
-    ) -> Iterator[tuple[slice | Tensor, LayerGradients]]:
-        yield _whole(self, order)
-
-    @override
-    def gram(self, other: LayerGradients) -> Tensor:
-        assert isinstance(other, Scattered)
-        # Formed over the tokens that occur here, which are few of a large table.
-        both = torch.cat([self.tokens.flatten(), other.tokens.flatten()])
-        known, place = torch.unique(both, return_inverse=True)
-        mine, theirs = place.split([self.tokens.numel(), other.tokens.numel()])
-        left = Scattered(mine.view_as(self.tokens), self.deltas, len(known))
-        right = Scattered(theirs.view_as(other.tokens), other.deltas, len(known))
-        columns = [
-            torch.cat([_block(a, b) for _, a in LayerGradients.parts(left, _GRAM_PART)])
-            for _, b in LayerGradients.parts(right, _GRAM_PART)
-        ]
-        return torch.cat(columns, dim=1)
-
-    @override
-    def tensors(self) -> dict[str, Tensor]:
-        return {"tokens": self.tokens, "deltas": self.deltas}
-
-    def padded(self, positions: int) -> "Scattered":
-        """The same with more positions, at which nothing happens."""
-        missing = positions - self.tokens.shape[1]
-        tokens = F.pad(self.tokens, (0, missing))
-        return Scattered(tokens, F.pad(self.deltas, (0, 0, 0, missing)), self.n_tokens)
-
-
-def restore(tensors: dict[str, Tensor], like: LayerGradients) -> LayerGradients:
-    """Rebuild what :meth:`LayerGradients.tensors` took apart.
-
-    Args:
-        tensors: Its result.
-        like: Gradients of the same layer, from which what is not per sample is taken.
-    """
-    if "gradients" in tensors:
-        return Materialised(tensors["gradients"])
-    if isinstance(like, Scattered):
-        return Scattered(tensors["tokens"], tensors["deltas"], like.n_tokens)
-    assert isinstance(like, OuterProducts)
-    return OuterProducts(tensors["inputs"], tensors["deltas"], like.bias)
-
-
 def concatenate(parts: Sequence[LayerGradients]) -> LayerGradients:
     """Join gradients of one layer from several batches.
 
@@ -455,13 +348,13 @@ def concatenate(parts: Sequence[LayerGradients]) -> LayerGradients:
         >>> len(concatenate([Materialised(torch.ones(2, 1, 1)), Materialised(torch.ones(3, 1, 1))]))
         5
     """
-    factors = [part for part in parts if isinstance(part, OuterProducts | Scattered)]
+    factors = [part for part in parts if isinstance(part, Positional)]
     if len(factors) < len(parts):
         return Materialised(torch.cat([part.formed().gradients for part in parts]))
     longest = max(part.deltas.shape[1] for part in factors)
     padded = [part.padded(longest).tensors() for part in factors]
     joined = {name: torch.cat([tensors[name] for tensors in padded]) for name in padded[0]}
-    return restore(joined, factors[0])
+    return factors[0].restored(joined)
 
 
 def _block(mine: LayerGradients, theirs: LayerGradients) -> Tensor:
@@ -472,6 +365,15 @@ def _block(mine: LayerGradients, theirs: LayerGradients) -> Tensor:
     return mine.formed().gradients.flatten(1) @ theirs.formed().gradients.flatten(1).T
 
 
+def formed_gram(mine: LayerGradients, theirs: LayerGradients) -> Tensor:
+    """Inner products of ``n`` and ``m`` gradients that are formed, part by part, ``(n, m)``."""
+    columns = [
+        torch.cat([_block(a, b) for _, a in LayerGradients.parts(mine, _GRAM_PART)])
+        for _, b in LayerGradients.parts(theirs, _GRAM_PART)
+    ]
+    return torch.cat(columns, dim=1)
+
+
 def suitable_part(device: torch.device) -> int:
     """How many numbers to form at a time on a device."""
     if device.type != "cpu":
@@ -480,14 +382,13 @@ def suitable_part(device: torch.device) -> int:
     return _PART if threads == 1 else threads * _PART_PER_THREAD
 
 
-def _whole(
-    gradients: LayerGradients, order: Tensor | None
-) -> tuple[slice | Tensor, LayerGradients]:
-    """The one part of gradients that need not be formed."""
+def whole(gradients: LayerGradients, order: Tensor | None) -> tuple[slice | Tensor, LayerGradients]:
+    """The one part of gradients that need not be formed; see :meth:`LayerGradients.parts`."""
     if order is None:
         return slice(0, len(gradients)), gradients
     return order, gradients.rows(order)
 
 
-def _on(index: Tensor | slice, like: Tensor) -> Tensor | slice:
+def on_device(index: Tensor | slice, like: Tensor) -> Tensor | slice:
+    """An index on the device of a tensor."""
     return index if isinstance(index, slice) else index.to(like.device)

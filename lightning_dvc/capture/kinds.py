@@ -16,8 +16,8 @@ from lightning_dvc.capture.gradients import (
     LayerGradients,
     Materialised,
     OuterProducts,
-    Scattered,
 )
+from lightning_dvc.capture.scattered import Scattered
 
 
 class LayerKind(ABC):

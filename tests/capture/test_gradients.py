@@ -17,10 +17,9 @@ from lightning_dvc.capture.convolution import Convolved
 from lightning_dvc.capture.gradients import (
     Materialised,
     OuterProducts,
-    Scattered,
     concatenate,
-    restore,
 )
+from lightning_dvc.capture.scattered import Scattered
 
 SHAPES = st.fixed_dictionaries(
     {
@@ -119,7 +118,7 @@ def test_gradients_too_large_to_be_formed_at_once():
         torch.testing.assert_close(found.squared_norms(), expected.square().sum((1, 2)))
         torch.testing.assert_close(found.dot(full), (expected * full).sum((1, 2)))
         torch.testing.assert_close(found.sum(), expected.sum(0))
-        torch.testing.assert_close(found.tensors(), restore(found.tensors(), found).tensors())
+        torch.testing.assert_close(found.tensors(), found.restored(found.tensors()).tensors())
 
 
 @pytest.mark.parametrize("form", FORMS)

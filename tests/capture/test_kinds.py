@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_dvc.capture.gradients import Materialised, OuterProducts, Scattered
+from lightning_dvc.capture.gradients import Materialised, OuterProducts
 from lightning_dvc.capture.kinds import full_shape, kind_of
 from lightning_dvc.capture.layers import LayerCapture, find_layers
+from lightning_dvc.capture.scattered import Scattered
 from lightning_dvc.errors import CaptureError
 
 

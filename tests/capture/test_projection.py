@@ -6,9 +6,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_dvc.capture.convolution import Convolved
-from lightning_dvc.capture.gradients import Materialised, OuterProducts, Scattered
+from lightning_dvc.capture.gradients import Materialised, OuterProducts
 from lightning_dvc.capture.layers import LayerCapture, find_layers
 from lightning_dvc.capture.projection import WIDTH, Projection, plan_projections
+from lightning_dvc.capture.scattered import Scattered
 
 FORMS = ["factors", "formed", "scattered", "convolved"]
 

@@ -11,8 +11,6 @@ import math
 import torch
 from torch import nn
 
-from lightning_dvc.capture.gradients import restore
-
 # --- networks whose gradients are taken --------------------------------------------------------
 
 
@@ -124,7 +122,7 @@ def assert_gradients(found, expected, seed=0):
     kept = found.tensors()
     assert all(len(tensor) == n for tensor in kept.values())
     copies = {name: tensor.clone() for name, tensor in kept.items()}
-    assert_answers(restore(copies, found.rows(slice(0, 0))), expected, seed)
+    assert_answers(found.rows(slice(0, 0)).restored(copies), expected, seed)
 
 
 def assert_answers(found, expected, seed=0):

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_dvc.capture.convolution import Convolved
-from lightning_dvc.capture.gradients import Materialised, OuterProducts, Scattered
+from lightning_dvc.capture.gradients import Materialised, OuterProducts
 from lightning_dvc.capture.layers import LayerCapture, find_layers
+from lightning_dvc.capture.scattered import Scattered
 from lightning_dvc.memory.density import ExactDensity
 from lightning_dvc.metrics.diversity import diversity
 from lightning_dvc.metrics.gradient_impact import gradient_impact

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_dvc.capture.convolution import Convolved
-from lightning_dvc.capture.gradients import Materialised, OuterProducts, Scattered
+from lightning_dvc.capture.gradients import Materialised, OuterProducts
+from lightning_dvc.capture.scattered import Scattered
 from lightning_dvc.distributed import Group
 from lightning_dvc.strategies.rewards import ArmRewards
 
