@@ -110,7 +110,7 @@ class FixedWeights:
 class BayesianWeights:
     """Weights by Bayesian optimisation of the validation score (5.1).
 
-    The first answer is :data:`DEFAULT_WEIGHTS`, the next ones are spread evenly over the simplex
+    The first answer is equal weights, the next ones are spread evenly over the simplex
     (Sobol), and once ``initial`` scores are known, each maximises the expected improvement under a
     Gaussian process of (weights, progress); see
     :func:`lightning_dvc.policy.surrogate.propose`. Where that is not possible (all scores are
@@ -131,10 +131,10 @@ class BayesianWeights:
 
     Example:
         >>> policy = BayesianWeights(seed=1)
-        >>> first = policy.ask(progress=0.0)
-        >>> [round(weight, 4) for weight in first.tolist()]
-        [0.125, 0.4167, 0.0417, 0.0, 0.4167, 0.0]
-        >>> policy.tell(first, progress=0.0, score=0.7)
+        >>> equal = policy.ask(progress=0.0)
+        >>> [round(weight, 4) for weight in equal.tolist()]
+        [0.1667, 0.1667, 0.1667, 0.1667, 0.1667, 0.1667]
+        >>> policy.tell(equal, progress=0.0, score=0.7)
         >>> round(policy.ask(progress=0.1).sum().item(), 9)
         1.0
     """
@@ -170,7 +170,9 @@ class BayesianWeights:
         if proposal is not None:
             return proposal
         if number == 0:
-            return _normalised(DEFAULT_WEIGHTS)
+            # From the measured default, on the border of the simplex, planted weights were found less
+            # well: late asks 39% rather than 26% as far off as random ones (40 asks, 8 seeds).
+            return _normalised(None)
         return _spread(self.seed, "weights", number, 1)[0]
 
     def tell(self, weights: Tensor, progress: float, score: float) -> None:
