@@ -170,8 +170,8 @@ class BayesianWeights:
         if proposal is not None:
             return proposal
         if number == 0:
-            # From the measured default, on the border of the simplex, planted weights were found less
-            # well: late asks 39% rather than 26% as far off as random ones (40 asks, 8 seeds).
+            # From the measured default, on the border of the simplex, planted weights were found
+            # less well: late asks 39% rather than 26% as far off as random ones (40 asks, 8 seeds).
             return _normalised(None)
         return _spread(self.seed, "weights", number, 1)[0]
 
