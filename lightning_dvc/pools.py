@@ -8,7 +8,7 @@ draw looks through its bytes.
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -82,7 +82,8 @@ class Source:
             )
 
     def __len__(self) -> int:
-        return len(self.dataset)  # type: ignore[arg-type]  # checked in __post_init__
+        assert isinstance(self.dataset, Sized), "checked in __post_init__"
+        return len(self.dataset)
 
 
 def _is_map_style(dataset: object) -> bool:
@@ -120,10 +121,8 @@ class PoolDataset(Dataset[Any]):
         for arm, mine in places.items():
             dataset = self._datasets[arm]
             indices = [int(sample_ids[place]) - self._offsets[arm] for place in mine]
-            if callable(getattr(dataset, "__getitems__", None)):
-                samples = dataset.__getitems__(indices)  # type: ignore[attr-defined]  # seen
-            else:
-                samples = [dataset[index] for index in indices]
+            read = getattr(dataset, "__getitems__", None)
+            samples = read(indices) if callable(read) else [dataset[index] for index in indices]
             for place, sample in zip(mine, samples, strict=True):
                 found[place] = sample
         return found

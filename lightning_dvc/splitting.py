@@ -1,6 +1,6 @@
 """One dataset told apart into sources."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -26,8 +26,8 @@ def split_by(dataset: Dataset[Any], groups: Groups) -> dict[str, Dataset[Any]]:
         Name to the part of the dataset, by order of first appearance.
 
     Raises:
-        ConfigurationError: If there are not as many names as samples, or an index is out of range
-            or in two sources.
+        ConfigurationError: If there are not as many names as samples, an index is out of range or
+            in two sources, or the dataset has no length.
 
     Example:
         >>> {name: len(part) for name, part in split_by(list("abc"), ["x", "y", "x"]).items()}
@@ -35,7 +35,12 @@ def split_by(dataset: Dataset[Any], groups: Groups) -> dict[str, Dataset[Any]]:
         >>> {name: len(part) for name, part in split_by(list("abc"), {"x": range(3)}).items()}
         {'x': 3}
     """
-    n_samples = len(dataset)  # type: ignore[arg-type]  # an iterable one raises TypeError here
+    if not isinstance(dataset, Sized):
+        raise ConfigurationError(
+            "expected a map-style dataset, which has a length, to be told apart into sources, but "
+            f"got a {type(dataset).__name__}; load an iterable one into a list first"
+        )
+    n_samples = len(dataset)
     if isinstance(groups, Mapping):
         indices = {str(name): _as_array(given) for name, given in groups.items()}
         _check_indices(indices, n_samples)

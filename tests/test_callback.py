@@ -164,7 +164,7 @@ class Dropping(Net):
 
 
 def global_streams():
-    return torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # noqa: NPY002
+    return torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # noqa: NPY002 - the stream guarded
 
 
 @pytest.mark.filterwarnings("ignore:The run ended with:UserWarning")
@@ -178,7 +178,7 @@ def test_scoring_without_adding_leaves_no_trace():
     def run(strategy):
         torch.manual_seed(7)
         random.seed(7)
-        np.random.seed(7)  # noqa: NPY002
+        np.random.seed(7)  # noqa: NPY002 - the stream guarded
         _, net, _ = fit(make(warmup=0.5), Dropping(), DVCCallback(strategy))
         return net.state_dict(), global_streams()
 

@@ -178,12 +178,12 @@ def test_arms_draw_independently():
 
 def test_a_draw_changes_nothing():
     pools = pools_of(100, 100)
-    generators = np.random.get_state()[1].copy(), torch.get_rng_state(), random.getstate()  # noqa: NPY002
+    generators = np.random.get_state()[1].copy(), torch.get_rng_state(), random.getstate()  # noqa: NPY002 - the stream guarded
     pools.draw(0, 10, "test")
     pools.draw(1, 90, "test")
     assert pools.stock.tolist() == [100, 100]
     assert len(pools.state_dict()["ids"]) == 0
-    assert (np.random.get_state()[1] == generators[0]).all()  # noqa: NPY002
+    assert (np.random.get_state()[1] == generators[0]).all()  # noqa: NPY002 - the stream guarded
     assert torch.equal(torch.get_rng_state(), generators[1])
     assert random.getstate() == generators[2]
 

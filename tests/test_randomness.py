@@ -52,10 +52,10 @@ def test_what_else_is_drawn_changes_nothing(drawn):
 
 
 def test_global_generators_are_untouched():
-    before = np.random.get_state()[1].copy(), torch.get_rng_state(), random.getstate()  # noqa: NPY002
+    before = np.random.get_state()[1].copy(), torch.get_rng_state(), random.getstate()  # noqa: NPY002 - the stream guarded
     draws(0, "test")
     torch_draws(0, "test")
-    assert (np.random.get_state()[1] == before[0]).all()  # noqa: NPY002
+    assert (np.random.get_state()[1] == before[0]).all()  # noqa: NPY002 - the stream guarded
     assert torch.equal(torch.get_rng_state(), before[1])
     assert random.getstate() == before[2]
 

@@ -37,7 +37,7 @@ def preserve_random_state() -> Iterator[None]:
         >>> torch.equal(state, torch.get_rng_state())
         True
     """
-    on_cuda: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch has no types here
+    on_cuda: bool = torch.cuda.is_initialized()
     cpu = torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if on_cuda else []
     numpy_state = np.random.get_state()  # noqa: NPY002 - somebody else's stream, only put back
@@ -48,7 +48,7 @@ def preserve_random_state() -> Iterator[None]:
         torch.set_rng_state(cpu)
         if on_cuda:
             torch.cuda.set_rng_state_all(cuda)
-        np.random.set_state(numpy_state)  # noqa: NPY002
+        np.random.set_state(numpy_state)  # noqa: NPY002 - somebody else's stream, only put back
         random.setstate(python)
 
 

@@ -39,10 +39,10 @@ class _Tolerant(Dataset[Any]):
 
     def __getitems__(self, sample_ids: list[int]) -> list[_Entry]:
         """Read a batch at once where the dataset can; one by one where that fails."""
-        if callable(getattr(self._dataset, "__getitems__", None)):
+        read = getattr(self._dataset, "__getitems__", None)
+        if callable(read):
             try:
-                samples = self._dataset.__getitems__(sample_ids)  # type: ignore[attr-defined]  # seen
-                return [(i, x, None) for i, x in zip(sample_ids, samples, strict=True)]
+                return [(i, x, None) for i, x in zip(sample_ids, read(sample_ids), strict=True)]
             except Exception:  # whatever a user's dataset may raise; one by one it is told apart
                 pass
         return [self[sample_id] for sample_id in sample_ids]

@@ -24,7 +24,7 @@ with warnings.catch_warnings():
     from gpytorch.kernels import Kernel, ScaleKernel
     from gpytorch.mlls import ExactMarginalLogLikelihood
     from gpytorch.priors import GammaPrior
-    from linear_operator.utils.warnings import NumericalWarning  # type: ignore[import-untyped]  # it has no types
+    from linear_operator.utils.warnings import NumericalWarning
 
 _RESTARTS: Final = 4
 _FIT_OPTIONS: Final = {"ftol": 1e-6, "gtol": 1e-3}

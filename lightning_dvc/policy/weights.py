@@ -281,8 +281,8 @@ def _spread(seed: int, purpose: str, skip: int, n: int) -> Tensor:
     The gaps between sorted uniform numbers are uniform on the simplex.
     """
     word = int(stream(seed, purpose).integers(2**62))
-    engine = SobolEngine(len(METRICS) - 1, scramble=True, seed=word)  # type: ignore[no-untyped-call]  # torch has no types here
-    engine.fast_forward(skip)  # type: ignore[no-untyped-call]  # torch has no types here
+    engine = SobolEngine(len(METRICS) - 1, scramble=True, seed=word)
+    engine.fast_forward(skip)
     cuts = engine.draw(n, dtype=torch.float64).sort(dim=1).values
     edges = torch.zeros(n, 1, dtype=torch.float64)
     return torch.cat([edges, cuts, edges + 1], dim=1).diff(dim=1)

@@ -1,13 +1,14 @@
 """What DVC remembers of the model and of the samples it has seen, from round to round."""
 
 import warnings
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Set, Sized
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from lightning_dvc.capture.cached import CachedProbe
 from lightning_dvc.capture.probe import Captured
@@ -241,15 +242,16 @@ class Observer:
 
     def _blends(self, this: Round) -> bool:
         """Whether held-out samples are so few that selected ones are to stand beside them."""
-        n = 0 if this.reference is None else len(this.reference)  # type: ignore[arg-type]  # checked
+        n = 0 if this.reference is None else _length(this.reference)
         return 0 < min(n, self._settings.reference_size) < _ENOUGH * self._settings.blend
 
     def _look_at_reference(self, this: Round) -> tuple[Captured | None, list[ReferenceGradients]]:
         gradients: list[ReferenceGradients] = []
         if this.reference is None:
             return None, gradients
-        n = len(this.reference)  # type: ignore[arg-type]  # the datamodule checked that it has one
-        ids = _some(torch.arange(n), self._settings.reference_size, this, "reference")
+        ids = _some(
+            torch.arange(_length(this.reference)), self._settings.reference_size, this, "reference"
+        )
         n_bad = len(this.probe.bad)
         take = partial(_take, gradients, by_label=True)
         reference = this.probe.capture_all(this.reference, ids, take)
@@ -344,6 +346,11 @@ class Observer:
         if hashed:
             return LSHDensity(points, bandwidth_squared, seed=seed)
         return ExactDensity(points, bandwidth_squared)
+
+
+def _length(dataset: Dataset[Any]) -> int:
+    assert isinstance(dataset, Sized), "the datamodule refuses others"
+    return len(dataset)
 
 
 def _take(gradients: list[ReferenceGradients], captured: Captured, *, by_label: bool) -> None:

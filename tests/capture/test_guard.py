@@ -67,7 +67,7 @@ class Disturber(LightningModule):
         self.running += 1
         self.rebound = self.rebound + 1
         self.body.calls = 1
-        noise = torch.randn(1) * np.random.rand() * random.random()  # noqa: NPY002
+        noise = torch.randn(1) * np.random.rand() * random.random()  # noqa: NPY002 - the stream guarded
         z = self.head(self.body(x))
         self.mean(z.mean())
         self.curve.update(z[:, 0].sigmoid().detach(), (y == 0).long())
@@ -105,7 +105,7 @@ def everything(module):
 
 
 def random_state():
-    numpy_state = np.random.get_state()  # noqa: NPY002
+    numpy_state = np.random.get_state()  # noqa: NPY002 - the stream guarded
     return [torch.get_rng_state(), numpy_state[1].tolist(), numpy_state[2], random.getstate()]
 
 
@@ -272,10 +272,10 @@ def test_large_tensors_kept_as_attributes_are_not_copied(monkeypatch):
 def test_random_streams_go_on_as_if_nothing_had_been_drawn(draws, fails):
     moves = {
         "torch": lambda: torch.rand(3),
-        "numpy": lambda: np.random.standard_normal(),  # noqa: NPY002
+        "numpy": lambda: np.random.standard_normal(),  # noqa: NPY002 - the stream guarded
         "random": lambda: random.gauss(0, 1),
         "seed torch": lambda: torch.manual_seed(5),
-        "seed numpy": lambda: np.random.seed(5),  # noqa: NPY002
+        "seed numpy": lambda: np.random.seed(5),  # noqa: NPY002 - the stream guarded
     }
     before = random_state()
     try:

@@ -63,12 +63,12 @@ def test_the_scale_of_the_scores_does_not_matter():
 def test_what_botorch_refuses_becomes_our_error_and_leaves_the_generators_alone():
     weights = mixes(4)
     weights[1, 0] = math.nan
-    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002 - the stream guarded
     with pytest.raises(FitError, match="could not be fitted") as caught:
         propose(weights, column([0.0] * 4), column([1, 2, 3, 4]), 0.0, weights, seed=0)
     assert caught.value.__cause__ is not None
     assert torch.equal(torch.get_rng_state(), before[0])
-    assert (np.random.get_state()[1] == before[1]).all()  # noqa: NPY002
+    assert (np.random.get_state()[1] == before[1]).all()  # noqa: NPY002 - the stream guarded
     assert random.getstate() == before[2]
 
 
@@ -77,9 +77,9 @@ def test_global_generators_are_untouched_and_do_not_matter():
     found = []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        np.random.seed(seed)  # noqa: NPY002
-        before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+        np.random.seed(seed)  # noqa: NPY002 - the stream guarded
+        before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002 - the stream guarded
         found.append(propose(weights, past, weights[:, :1], 0.5, weights, seed=0))
         assert torch.equal(torch.get_rng_state(), before[0])
-        assert (np.random.get_state()[1] == before[1]).all()  # noqa: NPY002
+        assert (np.random.get_state()[1] == before[1]).all()  # noqa: NPY002 - the stream guarded
     assert torch.equal(*found)

@@ -203,10 +203,10 @@ def test_resumed_run_asks_what_the_uninterrupted_one_asks(tmp_path):
 
 def test_global_generators_are_untouched():
     policy = taught(8)
-    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002 - the stream guarded
     policy.ask(0.5)
     assert torch.equal(torch.get_rng_state(), before[0])
-    assert (np.random.get_state()[1] == before[1]).all()  # noqa: NPY002
+    assert (np.random.get_state()[1] == before[1]).all()  # noqa: NPY002 - the stream guarded
     assert random.getstate() == before[2]
 
 
