@@ -192,3 +192,8 @@ def test_a_loader_that_drops_its_last_batch_trains_from_the_first_epoch_on():
     with pytest.raises(ConfigurationError, match="drop_last leaves nothing"):
         fit(Existing(drop_last=True, batch_size=64))
     assert datamodule.budget == 30
+
+
+def test_a_dataset_without_a_length_cannot_be_told_apart_into_sources():
+    with pytest.raises(ConfigurationError, match="got a generator; load an iterable one"):
+        split_by((i for i in range(3)), ["a", "b", "a"])
