@@ -1,135 +1,253 @@
 """Which defaults are the best: variants of DVC on several data sets, judged on training rows only.
 
-Run ``python -m examples.ablation --data-dir DIR``. It writes one row per finished run to
-``artefacts/ablation.csv``, goes on where it stopped, and prints, per variant and data set, the
-share of the way from random to clean-only selection, averaged over seeds. With ``--n-val N`` every
-data set has N validation samples, and the file is ``artefacts/ablation_N.csv``.
+Run ``python -m examples.ablation --data-dir DIR``. It writes one row per finished run to a CSV
+file, goes on where it stopped, and prints, per variant and cell (data set and budget), the share of
+the way from random to clean-only selection, averaged over seeds. ``--table`` prints only.
 """
 
 import argparse
 import csv
 import multiprocessing
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import Subset
 
-from examples.compare import Problem, clean_and_random, deal_out, quiet, select, train_from_scratch
-from examples.datasets import LOADERS
-from lightning_dvc import DVC, FixedWeights
+from examples.compare import Problem, clean_and_random, deal_out, quiet, select
+from examples.datasets import LOADERS, Data
+from lightning_dvc import DVC, BayesianWeights, FixedWeights
 from lightning_dvc.policy.weights import DEFAULT_WEIGHTS
+from lightning_dvc.records import METRICS
 
-CELLS: dict[str, dict[str, Any]] = {
-    "digits": {"n_val": 150, "budget": 0.2, "batch_size": 16},
-    "mnist": {"n_val": 500, "budget": 0.1},
-    "fashion_mnist": {"n_val": 500, "budget": 0.1},
-    "adult": {"n_val": 500, "budget": 0.1},
-    "wine": {"n_val": 300, "budget": 0.2, "batch_size": 32},
-    "news": {"n_val": 500, "budget": 0.2},
+# The images are cut to a third, so that all of it runs in hours on two cores.
+DATASETS: dict[str, dict[str, Any]] = {
+    "mnist": {"rows": 20_000, "steps": 1000},
+    "fashion_mnist": {"rows": 20_000, "steps": 1000},
+    "adult": {},
+    "wine": {"batch_size": 32},
+    "digits": {"batch_size": 16},
+    "news": {},
 }
-EQUAL = dict.fromkeys(("quality", "relevance", "diversity", "gradient_impact"), 1.0) | {
-    "uncertainty": 1.0,
-    "stability": 1.0,
-}
+BUDGETS = (0.1, 0.2)
+USUAL_VAL = 500
 
 
-def _without(metric: str) -> Callable[[], DVC]:
-    return lambda: DVC(FixedWeights({**DEFAULT_WEIGHTS, metric: 0.0}))
+@dataclass(frozen=True)
+class Variant:
+    """One way to run DVC.
+
+    Attributes:
+        strategy: Makes the strategy.
+        datamodule: Arguments of ``DVCDataModule``.
+        callback: Arguments of ``DVCCallback``.
+        n_val: Sizes of the validation set with which it is run.
+    """
+
+    strategy: Callable[[], DVC] = DVC
+    datamodule: Mapping[str, Any] = field(default_factory=dict)
+    callback: Mapping[str, Any] = field(default_factory=dict)
+    n_val: Sequence[int] = (USUAL_VAL,)
 
 
-VARIANTS: dict[str, Callable[[], DVC]] = {
-    "defaults": DVC,
-    "equal weights": lambda: DVC(FixedWeights(EQUAL)),
-    "without relevance": _without("relevance"),
-    "without uncertainty": _without("uncertainty"),
-    "no take-back": lambda: DVC(take_back=0.0),
-    "no class quota": lambda: DVC(class_slack=float("inf")),
-    "near-duplicates kept": lambda: DVC(duplicate_angle=0.0),
-    "flat bandit": lambda: DVC(temperature=1.0),
-    "held-out reference only": lambda: DVC(blend=0),
+def _of(**settings: Any) -> Variant:
+    return Variant(lambda: DVC(**settings))
+
+
+def _weighing(**weights: float) -> Variant:
+    return Variant(lambda: DVC(FixedWeights({**DEFAULT_WEIGHTS, **weights})))
+
+
+VARIANTS: dict[str, Variant] = {
+    "defaults": Variant(n_val=(USUAL_VAL, 50, 200, 2000)),
+    "reward: value": _of(reward="value"),
+    "reward: acceptance": _of(reward="acceptance"),
+    "reward: gain": _of(reward="gain"),
+    "reference: held-out only": Variant(lambda: DVC(blend=0), n_val=(50,)),
+    "reference: no validation": Variant(datamodule={"val": None}),
+    "weights: equal": _weighing(**dict.fromkeys(METRICS, 1.0)),
+    "weights: learned": Variant(lambda: DVC(BayesianWeights())),
+    "weights: no relevance": _weighing(relevance=0.0),
+    "weights: no uncertainty": _weighing(uncertainty=0.0),
+    "relevance: overall": _of(class_relevance=False),
+    "layers: by depth": _of(layer_weights="depth"),
+    "layers: learned": _of(layer_weights="learned"),
+    "no class quota": _of(class_slack=float("inf")),
+    "near-duplicates kept": _of(duplicate_angle=0.0),
+    "warm-up: 1%": Variant(datamodule={"warmup": 0.01}),
+    "warm-up: 10%": Variant(datamodule={"warmup": 0.1}),
+    "oversample: 2": Variant(datamodule={"oversample": 2.0}),
+    "oversample: 8": Variant(datamodule={"oversample": 8.0}),
+    "rounds: 5": Variant(datamodule={"rounds": 5}),
+    "rounds: 20": Variant(datamodule={"rounds": 20}),
+    "no take-back": _of(take_back=0.0),
+    "refine to the end": _of(refine=True),
+    "bandit: flat": _of(temperature=1.0),
+    "bandit: all to the best": _of(allocation="argmax"),
+    "bandit: discount 0.8": _of(discount=0.8),
 }
 REFERENCES = ("random", "clean")
 
 
 class Job(NamedTuple):
-    """One training to judge: a variant, or a reference, on a data set."""
+    """One training to judge: a variant, or a reference, in one cell."""
 
     variant: str
     dataset: str
+    budget: float
+    n_val: int
     seed: int
 
 
-def problem_of(job: Job, data_dir: Path | None, n_val: int | None = None) -> Problem:
+class Row(NamedTuple):
+    """What came of it.
+
+    Attributes:
+        accuracy: After training from scratch on what was selected, in ``[0, 1]``.
+        clean: Share of the selection that is truly clean.
+        distinct: Distinct samples that were ever selected, over the budget.
+        selection_s: Seconds that selection took.
+        run_s: Seconds of the whole run that selected.
+    """
+
+    accuracy: float
+    clean: float = float("nan")
+    distinct: float = float("nan")
+    selection_s: float = float("nan")
+    run_s: float = float("nan")
+
+
+@lru_cache(maxsize=2)
+def _loaded(dataset: str, data_dir: Path | None, rows: int | None) -> Data:
+    data = LOADERS[dataset](data_dir)
+    n_train = min(rows or data.n_train, data.n_train)
+    kept = torch.randperm(data.n_train, generator=torch.Generator().manual_seed(0))[:n_train]
+    return Data(data.features[kept], data.labels[kept], data.n_classes, n_train)
+
+
+def problem_of(job: Job, data_dir: Path | None) -> Problem:
     """The data set of a job, judged on held-out training rows."""
-    data = LOADERS[job.dataset](data_dir)
-    cell = CELLS[job.dataset] if n_val is None else {**CELLS[job.dataset], "n_val": n_val}
-    return deal_out(data, job.seed, tuning=True, **cell)
+    settings = dict(DATASETS[job.dataset])
+    data = _loaded(job.dataset, data_dir, settings.pop("rows", None))
+    return deal_out(data, job.seed, job.n_val, job.budget, tuning=True, **settings)
 
 
-def run(job: Job, data_dir: Path | None, n_val: int | None) -> tuple[Job, float]:
-    """Accuracy after training from scratch on what the variant selects."""
+def train_from_scratch(problem: Problem, chosen: Sequence[int], seed: int) -> float:
+    """Train a new model on chosen samples of all sources, without what a loader costs.
+
+    Returns:
+        Accuracy at the last step on the held-out rows.
+    """
+    torch.manual_seed(seed)
+    model = problem.model()
+    x, y = (
+        torch.cat([getattr(part, name) for part in problem.parts.values()])[list(chosen)]
+        for name in ("features", "labels")
+    )
+    optimizer = model.configure_optimizers()
+    order = torch.empty(0, dtype=torch.int64)
+    for _ in range(problem.steps):
+        if not len(order):
+            order = torch.randperm(len(x))
+        batch, order = order[: problem.batch_size], order[problem.batch_size :]
+        optimizer.zero_grad()
+        model.training_step((x[batch], y[batch]), 0).backward()
+        optimizer.step()
+    x, y = problem.test.tensors
+    with torch.no_grad():
+        return float((model(x).argmax(1) == y).float().mean())
+
+
+def run(job: Job, data_dir: Path | None) -> tuple[Job, Row]:
+    """Train from scratch on what the variant selects."""
     quiet()
     torch.set_num_threads(1)
-    problem = problem_of(job, data_dir, n_val)
+    problem = problem_of(job, data_dir)
     if job.variant in REFERENCES:
-        pool, clean, anything = clean_and_random(problem, job.seed)
+        _, clean, anything = clean_and_random(problem, job.seed)
         chosen = clean if job.variant == "clean" else anything
-        return job, train_from_scratch(problem, Subset(pool, chosen), job.seed)
-    datamodule, *_ = select(problem, None, job.seed, VARIANTS[job.variant]())
-    chosen = datamodule.selected_ids.tolist()
-    return job, train_from_scratch(problem, Subset(datamodule.pools.dataset, chosen), job.seed)
+        return job, Row(train_from_scratch(problem, chosen, job.seed))
+    variant = VARIANTS[job.variant]
+    datamodule, callback, _, seconds = select(
+        problem,
+        None,
+        job.seed,
+        variant.strategy(),
+        datamodule_settings=variant.datamodule,
+        callback_settings=variant.callback,
+    )
+    ids = datamodule.selected_ids
+    return job, Row(
+        train_from_scratch(problem, ids.tolist(), job.seed),
+        clean=float(problem.is_clean[ids].float().mean()),
+        distinct=datamodule.selection.n_ever_selected / datamodule.budget,
+        selection_s=sum(callback.watch.seconds.values()),
+        run_s=seconds,
+    )
 
 
-def finished(path: Path) -> dict[Job, float]:
+def finished(path: Path) -> dict[Job, Row]:
     """The rows written so far."""
     if not path.exists():
         return {}
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     return {
-        Job(row["variant"], row["dataset"], int(row["seed"])): float(row["accuracy"])
+        Job(
+            row["variant"],
+            row["dataset"],
+            float(row["budget"]),
+            int(row["n_val"]),
+            int(row["seed"]),
+        ): Row(*(float(row[name]) for name in Row._fields))
         for row in rows
     }
 
 
-def remaining(path: Path, datasets: list[str], variants: list[str], seeds: int) -> Iterator[Job]:
-    """What is still to be run, the references first."""
-    done = finished(path)
-    for dataset in datasets:
-        for variant in (*REFERENCES, *variants):
-            for seed in range(seeds):
-                if Job(variant, dataset, seed) not in done:
-                    yield Job(variant, dataset, seed)
+def wanted(datasets: Sequence[str], variants: Sequence[str], seeds: int) -> Iterator[Job]:
+    """All jobs, seed by seed, the usual validation size and the references first."""
+    sizes = {n_val for name in variants for n_val in VARIANTS[name].n_val}
+    for n_val in sorted(sizes, key=lambda n: (n != USUAL_VAL, n)):
+        names = [*REFERENCES, *(name for name in variants if n_val in VARIANTS[name].n_val)]
+        for seed in range(seeds):
+            for budget in BUDGETS:
+                for dataset in datasets:
+                    for name in names:
+                        yield Job(name, dataset, budget, n_val, seed)
 
 
-def table(path: Path) -> str:
-    """Share closed per variant and data set, their mean, and all gains over all gaps.
+def table(done: Mapping[Job, Row]) -> str:
+    """Share closed per variant and cell, their mean, and all gains over all gaps.
 
-    The last column is not ruled by a data set on which random and clean-only hardly differ.
+    The last column is not ruled by a cell in which random and clean-only hardly differ.
     """
-    done = finished(path)
-    shares: dict[tuple[str, str], list[float]] = defaultdict(list)
-    gains: dict[str, float] = defaultdict(float)
-    gaps: dict[str, float] = defaultdict(float)
-    for (variant, dataset, seed), accuracy in done.items():
-        ends = [done.get(Job(reference, dataset, seed)) for reference in REFERENCES]
-        if variant not in REFERENCES and None not in ends:
-            low, high = (float(end) for end in ends if end is not None)
-            shares[variant, dataset].append((accuracy - low) / (high - low))
-            gains[variant] += accuracy - low
-            gaps[variant] += high - low
-    datasets = [name for name in CELLS if any(name == found for _, found in shares)]
-    heads = ["variant", *datasets, "mean", "gains / gaps"]
+    shares: dict[tuple[str, int], dict[tuple[str, float], list[float]]] = {}
+    gains: dict[tuple[str, int], float] = defaultdict(float)
+    gaps: dict[tuple[str, int], float] = defaultdict(float)
+    for job, row in done.items():
+        ends = [done.get(job._replace(variant=reference)) for reference in REFERENCES]
+        if job.variant not in REFERENCES and None not in ends:
+            low, high = (end.accuracy for end in ends if end is not None)
+            key, cell = (job.variant, job.n_val), (job.dataset, job.budget)
+            found = shares.setdefault(key, defaultdict(list))
+            found[cell].append((row.accuracy - low) / (high - low))
+            gains[key] += row.accuracy - low
+            gaps[key] += high - low
+    sets = [
+        name for name in DATASETS if any(name == d for cells in shares.values() for d, _ in cells)
+    ]
+    cells = [(name, budget) for name in sets for budget in BUDGETS]
+    heads = ["variant", "val", *(f"{name} {budget:.0%}" for name, budget in cells), "gains / gaps"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for variant in [name for name in VARIANTS if name in gains]:
-        means = [float(np.mean(shares[variant, name])) for name in datasets]
-        pooled = gains[variant] / gaps[variant]
-        cells = " | ".join(f"{x:.0%}" for x in (*means, float(np.mean(means)), pooled))
-        lines.append(f"| {variant} | {cells} |")
+    order = {name: number for number, name in enumerate(VARIANTS)}
+    for key in sorted(shares, key=lambda key: (order[key[0]], key[1] != USUAL_VAL, key[1])):
+        means = [np.mean(shares[key][cell]) if shares[key][cell] else np.nan for cell in cells]
+        figures = " | ".join(f"{share:.0%}" for share in (*means, gains[key] / gaps[key]))
+        lines.append(f"| {key[0]} | {key[1]} | {figures} |")
     return "\n".join(lines)
 
 
@@ -137,28 +255,32 @@ def main() -> None:
     """Run what is not finished, two processes at a time, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--datasets", nargs="+", default=list(CELLS), choices=list(CELLS))
+    parser.add_argument("--datasets", nargs="+", default=list(DATASETS)[:4], choices=list(DATASETS))
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
-    parser.add_argument("--n-val", type=int, help="validation samples, the same for all data sets")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--file", type=Path, default=Path("artefacts/ablation.csv"))
+    parser.add_argument("--table", action="store_true", help="run nothing")
     arguments = parser.parse_args()
-    n_val = arguments.n_val
-    path = Path("artefacts") / ("ablation.csv" if n_val is None else f"ablation_{n_val}.csv")
+    path = arguments.file
     path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists()
-    wanted = remaining(path, arguments.datasets, arguments.variants, arguments.seeds)
-    jobs = [(job, arguments.data_dir, n_val) for job in wanted]
+    done = finished(path)
+    jobs = [
+        job
+        for job in wanted(arguments.datasets, arguments.variants, arguments.seeds)
+        if job not in done and not arguments.table
+    ]
     context = multiprocessing.get_context("spawn")
     with context.Pool(arguments.processes) as pool, path.open("a", newline="") as file:
         writer = csv.writer(file)
-        if is_new:
-            writer.writerow((*Job._fields, "accuracy"))
-        for done in [pool.apply_async(run, job) for job in jobs]:
-            job, accuracy = done.get()
-            writer.writerow((*job, f"{accuracy:.4f}"))
+        if not done:
+            writer.writerow((*Job._fields, *Row._fields))
+        for found in [pool.apply_async(run, (job, arguments.data_dir)) for job in jobs]:
+            job, row = found.get()
+            writer.writerow((*job, *(f"{number:.4f}" for number in row)))
             file.flush()
-    print(table(path))
+            done[job] = row
+    print(table(done))
 
 
 if __name__ == "__main__":

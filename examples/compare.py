@@ -173,21 +173,36 @@ def train_from_scratch(
 
 
 def select(
-    problem: Problem, folder: Path | None, seed: int, strategy: Strategy | None = None
+    problem: Problem,
+    folder: Path | None,
+    seed: int,
+    strategy: Strategy | None = None,
+    *,
+    datamodule_settings: Mapping[str, Any] | None = None,
+    callback_settings: Mapping[str, Any] | None = None,
 ) -> tuple[DVCDataModule, DVCCallback, float, float]:
     """One run that selects while it trains; its metrics are logged if there is a folder.
+
+    Args:
+        problem: The data set.
+        folder: Where metrics are logged.
+        seed: Of all that is drawn.
+        strategy: How to select; DVC with its defaults when not given.
+        datamodule_settings: Arguments of :class:`DVCDataModule` beside those of the problem.
+        callback_settings: Arguments of :class:`DVCCallback`.
 
     Returns:
         The datamodule and the callback after the run, its test accuracy and its seconds.
     """
-    datamodule = DVCDataModule(
-        problem.sources,
-        problem.val,
-        budget=problem.budget,
-        batch_size=problem.batch_size,
-        seed=seed,
-    )
-    callback = DVCCallback(strategy, monitor="val_acc")
+    settings = {
+        "val": problem.val,
+        "budget": problem.budget,
+        "batch_size": problem.batch_size,
+        "seed": seed,
+        **(datamodule_settings or {}),
+    }
+    datamodule = DVCDataModule(problem.sources, **settings)
+    callback = DVCCallback(strategy, monitor="val_acc", **(callback_settings or {}))
     seed_everything(seed, verbose=False)
     model = problem.model()
     logger = None if folder is None else CSVLogger(folder, name="metrics", version=f"seed_{seed}")

@@ -125,14 +125,10 @@ class DVCDataModule(LightningDataModule):
     def _open(self, sources: Sources) -> None:
         """Build the pools, and nothing that looks at a sample."""
         pools = Pools(sources, self.seed)
-        self.budget = resolve_budget(self._given_budget, pools.n_samples)
+        self._budget_of = pools.n_samples
+        self.budget = resolve_budget(self._given_budget, self._budget_of)
         for name, source in pools.sources.items():
-            least = math.ceil(source.min_share * self.budget - 1e-9)
-            if least > len(source):
-                raise ConfigurationError(
-                    f"source {name!r} must fill {least} of the budget of {self.budget} samples "
-                    f"(min_share={source.min_share}), but holds {len(source)}; lower one of them"
-                )
+            self._check_share(name, source)
         parts = [(len(source), source.max_share) for source in pools.sources.values()]
         reachable = sum(min(size, math.floor(most * self.budget + 1e-9)) for size, most in parts)
         # Rounding each share down may cost one sample per source.
@@ -143,6 +139,52 @@ class DVCDataModule(LightningDataModule):
             )
         self._pools = pools
         self._sampler = SelectionSampler(pools.dataset, self.seed)
+
+    def _check_share(self, name: str, source: Source) -> None:
+        least = math.ceil(source.min_share * self.budget - 1e-9)
+        if least > len(source):
+            raise ConfigurationError(
+                f"source {name!r} must fill {least} of the budget of {self.budget} samples "
+                f"(min_share={source.min_share}), but holds {len(source)}; lower one of them"
+            )
+
+    def add_source(self, name: str, source: Source | AnyDataset) -> None:
+        """Append a source to those that are selected from, also while a model trains.
+
+        Nothing selected changes, and the budget stays the number of samples that it was: a round
+        selects from the source if the budget has room, or if the strategy refines. Call it between
+        epochs or between two fits, and on every process: in a callback's ``on_train_epoch_end``,
+        or in its ``on_train_epoch_start`` if it stands before the
+        :class:`~lightning_dvc.DVCCallback`.
+
+        A resumed run needs at least the sources of its checkpoint, those that were added last and
+        in that order: give all from the start, or add them in a callback's ``setup``.
+
+        Args:
+            name: One that no source has.
+            source: A map-style dataset, or a :class:`~lightning_dvc.Source`.
+
+        Raises:
+            ConfigurationError: If the name is taken, the source is empty or not map-style, it
+                cannot fill its minimum share, the minimum shares add up to more than 1, or no
+                source is known yet, as before ``setup("fit")`` of a wrapped datamodule. Then
+                nothing has changed.
+
+        Example:
+            >>> from torch.utils.data import TensorDataset
+            >>> dm = DVCDataModule({"one": TensorDataset(torch.randn(9, 4))}, budget=3)
+            >>> dm.setup("fit")
+            >>> dm.add_source("two", TensorDataset(torch.randn(5, 4)))
+            >>> dm.pools.names, dm.arm_counts().tolist(), dm.budget
+            (['one', 'two'], [1, 0], 3)
+        """
+        pools, source = self.pools, Source.of(source)
+        self._check_share(name, source)
+        pools.add(name, source)
+        self._current_sampler.dataset = pools.dataset
+        # Its workers may hold the pools without the source. What is selected until Lightning asks
+        # for the next loader, it can still read.
+        self._train_loader = None
 
     @classmethod
     def from_selection(
@@ -157,7 +199,7 @@ class DVCDataModule(LightningDataModule):
 
         Args:
             selection: A :attr:`selection`, or a file that one was written to.
-            sources: The sources that it was made from.
+            sources: The sources that it was made from; new ones may follow, and are not trained on.
             val: For the validation loader.
             test: For the test loader.
             settings: Further arguments of the class; the budget is the selection.
@@ -363,7 +405,11 @@ class DVCDataModule(LightningDataModule):
         """The state of every sample that is not free, and the record of the selection."""
         if self._pools is None:
             return dict(self._saved or {})
-        return {"pools": self._pools.state_dict(), "record": self._record.state_dict()}
+        return {
+            "pools": self._pools.state_dict(),
+            "record": self._record.state_dict(),
+            "budget_of": self._budget_of,
+        }
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -372,8 +418,11 @@ class DVCDataModule(LightningDataModule):
         Without pools, as when a wrapped datamodule is not set up yet, it waits for
         ``setup("fit")``. A run that only validates or tests leaves the selection as it is.
 
+        Further sources than it was saved with may follow; a fractional budget remains one of the
+        samples that it was first a fraction of.
+
         Raises:
-            StateError: If it was made from other sources.
+            StateError: If it was made from other sources, or these are not the first ones.
         """
         if self._stage not in (None, "fit"):
             return
@@ -382,6 +431,9 @@ class DVCDataModule(LightningDataModule):
             self._pools.load_state_dict(state_dict["pools"])
             self._record.load_state_dict(state_dict["record"])
             self._current_sampler.select(self._record.ids)
+            self._budget_of = state_dict["budget_of"]
+            if isinstance(self._given_budget, float):
+                self.budget = resolve_budget(self._given_budget, self._budget_of)
             self._saved = None
 
 

@@ -69,6 +69,19 @@ class Group:
         torch.distributed.all_reduce(total)
         return total
 
+    def first(self, value: Tensor, device: torch.device | None = None) -> Tensor:
+        """The first rank's tensor, on every rank.
+
+        Args:
+            value: Of the same shape and type on every rank.
+            device: Where collectives run; the tensor's own device when not given.
+        """
+        if self.world_size == 1:
+            return value
+        sent = value.to(device or value.device).contiguous().clone()
+        torch.distributed.broadcast(sent, src=0)
+        return sent.to(value.device)
+
     def gather_objects(self, items: list[_T]) -> list[_T]:
         """Concatenate every rank's short list of plain objects in rank order."""
         if self.world_size == 1:

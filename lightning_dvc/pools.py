@@ -85,6 +85,11 @@ class Source:
         assert isinstance(self.dataset, Sized), "checked in __post_init__"
         return len(self.dataset)
 
+    @staticmethod
+    def of(given: "Source | AnyDataset") -> "Source":
+        """Take a dataset as a source without bounds, and a source as it is."""
+        return given if isinstance(given, Source) else Source(given)
+
 
 def _is_map_style(dataset: object) -> bool:
     return hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
@@ -93,7 +98,8 @@ def _is_map_style(dataset: object) -> bool:
 class PoolDataset(Dataset[Any]):
     """All sources as one dataset, indexed by global id.
 
-    Immutable, so that loader workers never hold an outdated copy.
+    Immutable: pools that grow make a new one. So a copy in a loader worker stays right for every id
+    that it was made for.
 
     Args:
         datasets: One dataset per source, in arm order.
@@ -153,33 +159,49 @@ class Pools:
             raise ConfigurationError(
                 "sources is empty; give at least one: sources={'name': dataset, ...}"
             )
-        self.sources = {
-            str(name): given if isinstance(given, Source) else Source(given)
-            for name, given in sources.items()
-        }
         self.seed = seed
-        self.sizes = [len(source) for source in self.sources.values()]
-        self._check()
-        self._offsets = np.concatenate([[0], np.cumsum(self.sizes)]).astype(np.int64)
-        self._status = np.zeros(self._offsets[-1], dtype=np.uint8)
-        self._free = np.array(self.sizes, dtype=np.int64)
-        self.dataset = PoolDataset([s.dataset for s in self.sources.values()], self._offsets)
+        self.sources: dict[str, Source] = {}
+        self.sizes: list[int] = []
+        self._status = np.empty(0, dtype=np.uint8)
+        self._free = np.empty(0, dtype=np.int64)
+        self._append({str(name): Source.of(given) for name, given in sources.items()})
 
-    def _check(self) -> None:
-        for name, size in zip(self.sources, self.sizes, strict=True):
-            if size == 0:
-                raise ConfigurationError(f"source {name!r} has no samples; leave it out or fill it")
-        least = sum(source.min_share for source in self.sources.values())
-        most = sum(source.max_share for source in self.sources.values())
-        if least > 1 + 1e-9:
+    def add(self, name: str, source: Source | AnyDataset) -> None:
+        """Append a source: the next arm, whose ids continue at the end, all of them free.
+
+        Nothing changes for the samples there were, but :attr:`dataset` is a new object.
+
+        Args:
+            name: One that no source has.
+            source: A :class:`Source` or a map-style dataset.
+
+        Raises:
+            ConfigurationError: If the name is taken, the source is empty or not map-style, or the
+                minimum shares add up to more than 1. Then nothing has changed.
+
+        Example:
+            >>> pools = Pools({"a": range(3)})
+            >>> pools.add("b", range(5))
+            >>> pools.names, pools.ids_of(1, torch.arange(5)).tolist()
+            (['a', 'b'], [3, 4, 5, 6, 7])
+        """
+        if name in self.sources:
             raise ConfigurationError(
-                f"the minimum shares of the sources add up to {least:.3f}; they must not exceed 1"
+                f"expected the name of a new source, but there is a source {name!r} already, of "
+                f"{self.names}; give another name"
             )
-        if most < 1 - 1e-9:
-            raise ConfigurationError(
-                f"the maximum shares of the sources add up to {most:.3f}, so the budget can never "
-                "be filled; they must reach 1"
-            )
+        self._append({name: Source.of(source)})
+
+    def _append(self, more: Mapping[str, Source]) -> None:
+        sources = {**self.sources, **more}
+        new_sizes = [len(source) for source in more.values()]
+        _check(sources, dict(zip(more, new_sizes, strict=True)))
+        self.sources, self.sizes = sources, self.sizes + new_sizes
+        self._offsets = np.concatenate([[0], np.cumsum(self.sizes)]).astype(np.int64)
+        fresh = np.full(sum(new_sizes), FREE, dtype=np.uint8)
+        self._status = np.concatenate([self._status, fresh])
+        self._free = np.concatenate([self._free, np.array(new_sizes, dtype=np.int64)])
+        self.dataset = PoolDataset([s.dataset for s in sources.values()], self._offsets)
 
     @property
     def names(self) -> list[str]:
@@ -265,20 +287,20 @@ class Pools:
         return dict(zip(self.names, self.sizes, strict=True))
 
     def check_fingerprint(self, saved: Mapping[str, int], what: str) -> None:
-        """Refuse state that was saved for other pools.
+        """Refuse state that was saved for other pools; more sources than then may follow.
 
         Args:
             saved: Result of :meth:`fingerprint` when the state was saved.
             what: Names the thing being loaded, for the message.
 
         Raises:
-            StateError: If names, order or sizes differ.
+            StateError: If the first sources are not the saved ones, in name, order and size.
         """
-        if list(saved.items()) != list(self.fingerprint().items()):
+        if list(saved.items()) != list(self.fingerprint().items())[: len(saved)]:
             raise StateError(
                 f"{what} was saved for the sources {dict(saved)}, but this run has "
-                f"{self.fingerprint()}; give the same sources, in the same order and of the same "
-                "sizes"
+                f"{self.fingerprint()}; give the same sources first, in the same order and of the "
+                "same sizes; only new ones may follow"
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -291,16 +313,34 @@ class Pools:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the state of every sample.
+        """Restore the state of every sample; those of sources that were added since are free.
 
         Raises:
-            StateError: If the state belongs to other pools.
+            StateError: If the state belongs to other pools, see :meth:`check_fingerprint`.
         """
         self.check_fingerprint(state["fingerprint"], "the checkpoint's selection")
         self._status[:] = FREE
         self._free[:] = self.sizes
         for status in (SELECTED, TAKEN_BACK, SET_ASIDE):
             self.mark(state["ids"][state["status"] == status], status)
+
+
+def _check(sources: Mapping[str, Source], sizes: Mapping[str, int]) -> None:
+    for name, size in sizes.items():
+        if size == 0:
+            raise ConfigurationError(f"source {name!r} has no samples; leave it out or fill it")
+    least = sum(source.min_share for source in sources.values())
+    most = sum(source.max_share for source in sources.values())
+    if least > 1 + 1e-9:
+        raise ConfigurationError(
+            f"the minimum shares of the sources add up to {least:.3f}, but must not exceed 1; "
+            "lower a min_share"
+        )
+    if most < 1 - 1e-9:
+        raise ConfigurationError(
+            f"the maximum shares of the sources add up to {most:.3f}, so the budget can never "
+            "be filled, but must reach 1; raise a max_share"
+        )
 
 
 def _draw_by_rejection(

@@ -248,7 +248,7 @@ class SelectionRecord:
 
         Args:
             selection: The table.
-            pools: The sources that it was made from.
+            pools: The sources that it was made from; further ones may follow.
 
         Raises:
             StateError: If it names a source or a sample that the pools do not have, or one twice.
@@ -326,7 +326,7 @@ def _ids(names: Sequence[str], indices: Tensor, pools: Pools) -> Tensor:
     if unknown:
         raise StateError(
             f"the saved selection has samples of the sources {unknown}, but these are "
-            f"{pools.names}; give the sources that it was made from"
+            f"{pools.names}; give the sources that it was made from; only new ones may follow"
         )
     which = torch.tensor([arms[name] for name in names], dtype=torch.int64)
     sizes = torch.tensor(pools.sizes)[which]
@@ -335,6 +335,7 @@ def _ids(names: Sequence[str], indices: Tensor, pools: Pools) -> Tensor:
         first = int(outside[0])
         raise StateError(
             f"the saved selection has sample {int(indices[first])} of source {names[first]!r}, "
-            f"which holds {int(sizes[first])}; give the sources that it was made from"
+            f"which holds {int(sizes[first])}; give the sources that it was made from; only new "
+            "ones may follow"
         )
     return pools.ids_of(which, indices)

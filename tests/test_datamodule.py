@@ -194,8 +194,93 @@ def test_state_survives_a_file_read_with_weights_only(tmp_path):
 
 
 def test_state_of_other_sources_is_refused():
-    with pytest.raises(StateError, match="'a': 60, 'b': 40"):
+    with pytest.raises(StateError, match=r"'a': 60, 'b': 40.*; only new ones may follow"):
         make({"a": good(60)}).load_state_dict(ready().state_dict())
+
+
+# --- sources added later -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_added_source_changes_nothing_but_what_can_be_selected(num_workers):
+    datamodule = ready(num_workers=num_workers)
+    loader, ids = datamodule.train_dataloader(), datamodule.selected_ids
+    before = [x.tolist() for x, _ in loader]
+    new = good(20, seed=7)
+    datamodule.add_source("new", new)
+    assert datamodule.pools.names == ["a", "b", "new"]
+    assert datamodule.budget == 30
+    assert torch.equal(datamodule.selected_ids, ids)
+    assert datamodule.arm_counts().tolist() == [1, 1, 0]
+    assert [x.tolist() for x, _ in loader] == before  # also where Lightning still has the old one
+    again = datamodule.train_dataloader()
+    assert again.dataset is again.sampler.dataset is datamodule.pools.dataset
+    assert [x.tolist() for x, _ in again] == before
+    datamodule.apply(Choice.unscored(datamodule.pools.draw(2, 5, "more")), 1)
+    assert datamodule.train_dataloader() is again
+    assert datamodule.selection.source[-5:] == ("new",) * 5
+    rows = [new[i][0] for i in datamodule.selection.index[-5:].tolist()]
+    emitted = torch.cat([x for x, _ in again])
+    assert all((emitted == row).all(1).any() for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "message"),
+    [
+        ("a", good(20), "a source 'a' already"),
+        ("new", Stream(), "map-style dataset .* got Stream"),
+        ("new", NoLength(), "map-style dataset .* got NoLength"),
+        ("new", TensorDataset(torch.empty(0, 2)), "'new' has no samples"),
+        ("new", Source(good(100), min_share=0.6), "minimum shares .* 1.100"),
+        ("new", Source(good(5), min_share=0.5), "'new' must fill 15 of the budget .* holds 5"),
+    ],
+)
+def test_a_source_that_cannot_be_added_changes_nothing(name, source, message):
+    datamodule = ready({"a": Source(good(60), min_share=0.5), "b": wrong(40)})
+    loader = datamodule.train_dataloader()
+    with pytest.raises(ConfigurationError, match=message):
+        datamodule.add_source(name, source)
+    assert datamodule.pools.fingerprint() == {"a": 60, "b": 40}
+    assert datamodule.train_dataloader() is loader
+
+
+def test_a_source_may_be_added_before_training_is_set_up():
+    datamodule = make(warmup=0.4)
+    datamodule.add_source("new", good(20))
+    datamodule.setup("fit")
+    assert datamodule.arm_counts().tolist() == [4, 4, 4]
+
+
+@pytest.mark.parametrize(("budget", "expected"), [(0.3, 30), (30, 30)])
+def test_a_budget_stays_what_it_was_when_sources_are_added(budget, expected):
+    datamodule = ready(budget=budget)
+    saved = datamodule.state_dict()  # before
+    everything = {"a": good(60), "b": wrong(40), "new": good(100)}
+    datamodule.add_source("new", everything["new"])
+    assert datamodule.budget == expected
+    for state in (saved, datamodule.state_dict()):
+        again = make(everything, budget=budget)
+        again.load_state_dict(state)
+        assert again.budget == expected
+        assert again.state_dict()["budget_of"] == 100
+    more = make(everything, budget=0.5)  # a share given anew is one of the same samples
+    more.load_state_dict(saved)
+    assert more.budget == 50
+
+
+def test_saved_states_and_selections_fit_if_new_sources_follow_the_saved_ones(tmp_path):
+    datamodule = ready(warmup=1.0)
+    everything = {"a": good(60), "b": wrong(40), "new": good(100)}
+    again = make(everything)
+    again.load_state_dict(datamodule.state_dict())
+    csv, parquet = tmp_path / "selected.csv", tmp_path / "selected.parquet"
+    datamodule.selection.to_csv(csv)
+    datamodule.selection.to_parquet(parquet)
+    saved = (datamodule.selection, csv, parquet)
+    loaded = [DVCDataModule.from_selection(given, everything) for given in saved]
+    for other in (again, *loaded):
+        assert torch.equal(other.selected_ids, datamodule.selected_ids)
+        assert other.pools.stock.tolist() == [*datamodule.pools.stock.tolist(), 100]
 
 
 # --- a saved selection -------------------------------------------------------------------------
@@ -216,7 +301,10 @@ def test_saved_selection_is_trained_on_without_a_callback(tmp_path, suffix):
 
 @pytest.mark.parametrize(
     ("sources", "message"),
-    [({"a": good(60)}, r"sources \['b'\]"), ({"a": good(60), "b": good(2)}, "which holds 2")],
+    [
+        ({"a": good(60)}, r"sources \['b'\].*; only new ones may follow"),
+        ({"a": good(60), "b": good(2)}, "which holds 2.*; only new ones may follow"),
+    ],
 )
 def test_saved_selection_of_other_sources_is_refused(sources, message):
     selection = ready(warmup=1.0).selection

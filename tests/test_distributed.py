@@ -36,6 +36,7 @@ def _work(rank, port, queue):
             group.gather(big).tolist(),
             group.sum(torch.tensor([1.0, rank])).tolist(),
             group.gather_objects([f"from {rank}"] * rank),
+            group.first(torch.tensor([rank + 0.5], dtype=torch.float64)).tolist(),
         )
     )
     torch.distributed.destroy_process_group()
@@ -45,10 +46,11 @@ def test_every_rank_gathers_the_same(unused_port):
     queue = mp.get_context("spawn").SimpleQueue()
     mp.spawn(_work, args=(unused_port, queue), nprocs=WORLD)
     for _ in range(WORLD):
-        rank, rows, big, total, objects = queue.get()
+        rank, rows, big, total, objects, first = queue.get()
         assert rows == [[10, 10], [20, 20], [21, 21]]
         assert big == [2**53, 2**53 + 1, 2**53 + 2]
         assert total == [3.0, 3.0]
+        assert first == [0.5]
         assert objects == ["from 1", "from 2", "from 2"], rank
 
 
@@ -56,6 +58,7 @@ def test_one_process_needs_no_group():
     rows = torch.ones(2, 3)
     assert Group().gather(rows) is rows
     assert Group().sum(rows) is rows
+    assert Group().first(rows) is rows
     assert Group().gather_objects([1]) == [1]
 
 

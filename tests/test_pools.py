@@ -294,14 +294,22 @@ def test_state_and_stock_are_copies():
 
 @pytest.mark.parametrize(
     "other",
-    [{"a": 4, "b": 3}, {"b": 4, "a": 3}, {"a": 3, "c": 4}, {"a": 3}, {"a": 3, "b": 4, "c": 1}],
+    [
+        {"a": 4, "b": 3},
+        {"b": 4, "a": 3},
+        {"a": 3, "c": 4},
+        {"b": 4},
+        {"a": 2},
+        {"a": 3, "b": 4, "c": 1},
+    ],
 )
 def test_a_checkpoint_of_other_pools_is_refused_and_changes_nothing(other):
     saved = Pools({name: Numbered(size) for name, size in other.items()})
     saved.mark(integers(0), SELECTED)
     pools = Pools({"a": Numbered(3), "b": Numbered(4)})
     pools.mark(integers(5), SET_ASIDE)
-    with pytest.raises(StateError, match=r"checkpoint's selection.*\{'a': 3, 'b': 4\}.*same order"):
+    message = r"checkpoint's selection.*\{'a': 3, 'b': 4\}; give .*same order.*only new"
+    with pytest.raises(StateError, match=message):
         pools.load_state_dict(saved_and_loaded(saved.state_dict()))
     assert pools.state_dict()["ids"].tolist() == [5]
     assert pools.stock.tolist() == [3, 3]
@@ -311,8 +319,73 @@ def test_a_fingerprint_is_names_and_sizes_in_order():
     pools = pools_of(3, 5)
     assert list(pools.fingerprint().items()) == [("s0", 3), ("s1", 5)]
     pools.check_fingerprint(saved_and_loaded(pools.fingerprint()), "the cache")
+    pools.check_fingerprint({"s0": 3}, "the cache")
     with pytest.raises(StateError, match="the cache was saved for the sources"):
         pools.check_fingerprint({"s0": 3, "s1": 6}, "the cache")
+
+
+# -- sources added later
+
+
+@settings(deadline=None, max_examples=100)
+@given(MARKS, MARKS)
+def test_pools_that_grew_are_like_pools_that_were_made_so(before, after):
+    pools, held = pools_of(5, 1), dict.fromkeys(range(6), FREE)
+    for ids, status in before:
+        known = {i for i in ids if i < 6}
+        pools.mark(integers(*known), status)
+        held.update(dict.fromkeys(known, status))
+    drawn = pools.draw(0, 2, "test", 3)
+    pools.add("s2", Numbered(6, "s2"))
+    assert torch.equal(pools.draw(0, 2, "test", 3), drawn)
+    held.update(dict.fromkeys(range(6, 12), FREE))
+    assert_equals_oracle(pools, held)
+    apply_marks(pools, held, after)
+    made = pools_of(5, 1, 6)
+    made.load_state_dict(saved_and_loaded(pools.state_dict()))
+    assert_equals_oracle(made, held)
+    assert pools.fingerprint() == made.fingerprint()
+    assert list(pools.dataset) == list(made.dataset)
+    ids = torch.arange(12)
+    assert torch.equal(pools.arms_of(ids), made.arms_of(ids))
+    assert torch.equal(pools.indices_of(ids), made.indices_of(ids))
+    assert torch.equal(pools.draw(2, 3, "test"), made.draw(2, 3, "test"))
+
+
+def test_a_dataset_handed_out_before_stays_as_it_was():
+    pools = pools_of(3)
+    before = pools.dataset
+    pools.add("more", Numbered(2, "more"))
+    assert (len(before), len(pools.dataset)) == (3, 5)
+    assert before.__getitems__([0, 2]) == pools.dataset.__getitems__([0, 2])
+    assert pools.dataset[4] == ("more", 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "message"),
+    [
+        ("s0", Numbered(2), r"new source, but there is a source 's0' already, of \['s0'\]; give"),
+        ("more", Numbered(0), "'more' has no samples"),
+        ("more", Source(Numbered(2), min_share=0.6), r"minimum shares.*1\.200.*lower"),
+    ],
+)
+def test_a_source_that_cannot_be_added_changes_nothing(name, source, message):
+    pools = Pools({"s0": Source(Numbered(3), min_share=0.6)})
+    with pytest.raises(ConfigurationError, match=message):
+        pools.add(name, source)
+    assert pools.fingerprint() == {"s0": 3}
+    assert pools.names == ["s0"]
+    assert pools.n_samples == len(pools.dataset) == 3
+
+
+def test_a_state_is_loaded_with_sources_that_were_added_since():
+    saved = pools_of(3, 4)
+    saved.mark(integers(0, 5), SELECTED)
+    pools = pools_of(3, 4, 2)
+    pools.mark(integers(8), SELECTED)
+    pools.load_state_dict(saved_and_loaded(saved.state_dict()))
+    assert pools.stock.tolist() == [2, 3, 2]
+    assert pools.state_dict()["ids"].tolist() == [0, 5]
 
 
 # -- what is refused

@@ -2,6 +2,7 @@ import pytest
 import torch
 from helpers.problems import Net, good, trainer, wrong
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.callbacks import Callback
 from torch.utils.data import (
     BatchSampler,
     ConcatDataset,
@@ -169,6 +170,29 @@ def test_pools_are_known_only_after_setup():
     datamodule = DVCDataModule.wrap(Existing(), budget=0.3)
     with pytest.raises(ConfigurationError, match='after setup\\("fit"\\)'):
         _ = datamodule.selection
+
+
+def test_a_source_can_be_added_once_the_pools_are_known_also_to_be_resumed(tmp_path):
+    class Adding(Callback):
+        def setup(self, trainer, pl_module, stage):
+            trainer.datamodule.add_source("new", good(20, seed=7))
+
+    def fit_grown(max_epochs, ckpt_path=None):
+        datamodule = DVCDataModule.wrap(Existing(), BY_NAME, budget=0.3, rounds=2)
+        with pytest.raises(ConfigurationError, match='after setup\\("fit"\\)'):
+            datamodule.add_source("new", good(20, seed=7))
+        run = trainer(max_epochs=max_epochs, callbacks=[Adding(), DVCCallback(monitor="val_acc")])
+        run.fit(Watching(), datamodule, ckpt_path=ckpt_path)
+        return datamodule, run
+
+    datamodule, run = fit_grown(3)
+    assert datamodule.pools.names == ["good", "wrong", "new"]
+    assert datamodule.budget == len(datamodule.selection) == 30
+    assert "new" in datamodule.selection.source
+    run.save_checkpoint(tmp_path / "saved.ckpt")
+    again, _ = fit_grown(4, tmp_path / "saved.ckpt")
+    assert torch.equal(again.selected_ids, datamodule.selected_ids)
+    assert again.budget == 30
 
 
 def test_validation_needs_no_pools(tmp_path):

@@ -5,7 +5,8 @@ sliding window: Garivier and Moulines, "On upper-confidence bound policies for s
 problems", ALT 2011. Without either it is UCB1: Auer, Cesa-Bianchi and Fischer, "Finite-time
 analysis of the multiarmed bandit problem", Machine Learning 47, 2002. Arms of unequal cost are
 ordered by upper confidence bound over cost, as KUBE does: Tran-Thanh, Chapman, Rogers and Jennings,
-"Knapsack based optimal policies for budget-limited multi-armed bandits", AAAI 2012.
+"Knapsack based optimal policies for budget-limited multi-armed bandits", AAAI 2012; of the bound,
+what counts is how far it is above the reward of an arm of no use.
 """
 
 import math
@@ -46,6 +47,8 @@ class SourceBandit:
             counts as never observed. None: all rounds, discounted.
         costs: What one candidate of each arm costs, ``K`` positive and finite numbers in any unit:
             only their ratios count. None: all alike.
+        worthless: Reward of an arm of no use, in ``[0, 1)``. Costs are held against what is above
+            it only, so that a low cost does not make up for being of no use.
 
     Raises:
         ConfigurationError: If an argument is out of its range, or a window comes together with a
@@ -71,6 +74,7 @@ class SourceBandit:
         allocation: Literal["softmax", "argmax"] = "softmax",
         window: int | None = None,
         costs: Sequence[float] | None = None,
+        worthless: float = 0.0,
     ) -> None:
         each = f"None, or a positive and finite number for each of {n_arms} arms"
         check_settings(
@@ -81,6 +85,7 @@ class SourceBandit:
             ("allocation", allocation, allocation in _ALLOCATIONS, "'softmax' or 'argmax'"),
             ("window", window, window is None or window >= 1, "None, or at least 1"),
             ("costs", costs, costs is None or _are_costs(costs, n_arms), each),
+            ("worthless", worthless, 0 <= worthless < 1, "at least 0 and less than 1"),
         )
         if window is not None and discount < 1:
             raise ConfigurationError(
@@ -93,6 +98,7 @@ class SourceBandit:
         self.temperature = temperature
         self.allocation = allocation
         self.window = window
+        self.worthless = worthless
         self._relative_costs = _relative_to_mean([1.0] * n_arms if costs is None else costs)
         self._counts = torch.zeros(n_arms, dtype=torch.float64)
         self._sums = torch.zeros(n_arms, dtype=torch.float64)
@@ -136,31 +142,44 @@ class SourceBandit:
             self._look_back(torch.cat([self._recent, rewards[None]]), self.window)
 
     def index(self) -> Tensor:
-        r"""Upper confidence index of each arm, per unit of cost.
+        r"""Upper confidence index of each arm, what is above ``worthless`` per unit of cost.
 
-        .. math:: \left(\hat\mu_k + c \sqrt{2 \ln(t + 1) / N_k}\right)
-            \Big/ \frac{\mathrm{cost}_k}{\frac{1}{K} \sum_j \mathrm{cost}_j}
+        .. math:: B_k = \hat\mu_k + c \sqrt{2 \ln(t + 1) / N_k}, \qquad
+            I_k = \begin{cases}
+                w + (B_k - w) \Big/ \frac{\mathrm{cost}_k}{\frac{1}{K} \sum_j \mathrm{cost}_j}
+                & \text{if } B_k > w \\
+                B_k & \text{otherwise}
+            \end{cases}
 
         with the mean reward and the count ``N_k``, both discounted or within the window, ``t`` the
-        sum of the counts and ``c`` the exploration. Without a discount or window and with one pull
-        per round, ``t + 1`` is the number of the pull that is being decided, as the proof of the
-        regret bound has it. Costs are relative to their mean, so that equal ones change nothing and
-        the temperature keeps its meaning.
+        sum of the counts, ``c`` the exploration and ``w`` the reward ``worthless``. Without a
+        discount or window and with one pull per round, ``t + 1`` is the number of the pull that is
+        being decided, as the proof of the regret bound has it. Costs are relative to their mean, so
+        that equal ones change nothing and the temperature keeps its meaning. An arm that is of no
+        use, even by its bound, is not made better or worse by its cost.
 
         Returns:
-            ``(K,)`` float64; ``inf`` for an arm never observed.
+            ``(K,)`` float64, at least 0; ``inf`` for an arm never observed.
 
         Example:
             >>> bandit = SourceBandit(1, exploration=1)
             >>> bandit.update(torch.tensor([0.5]))
             >>> round(bandit.index().item(), 4) == round(0.5 + math.sqrt(2 * math.log(2)), 4)
             True
+            >>> bandit = SourceBandit(2, exploration=0, costs=[3, 1], worthless=0.5)
+            >>> bandit.update(torch.tensor([0.8, 0.5]))
+            >>> [round(index, 4) for index in bandit.index().tolist()]
+            [0.7, 0.5]
         """
         observed = self._counts > 0
         counts = torch.where(observed, self._counts, 1.0)
         width = (2 * torch.log1p(self._counts.sum()) / counts).sqrt()
         bound = self._sums / counts + self.exploration * width
-        return torch.where(observed, bound / self._relative_costs, torch.inf)
+        per_cost = self.worthless + (bound - self.worthless) / self._relative_costs
+        # At the mean cost nothing is to change, not even by rounding.
+        cost_matters = (bound > self.worthless) & (self._relative_costs != 1)
+        index = torch.where(cost_matters, per_cost, bound)
+        return torch.where(observed, index, torch.inf)
 
     def allocate(
         self,
@@ -171,9 +190,11 @@ class SourceBandit:
     ) -> Tensor:
         """Divide the candidates of one round among the arms.
 
-        Arms never observed come first: they share all that the floors of the others leave, equally.
-        What they cannot take is divided in proportion to ``softmax(index / temperature)``, or goes
-        to the arms in the order of their index, each as much as it may get.
+        An arm never observed gets an equal share of the quota, ``quota / K``, within its bounds: as
+        many candidates as each of ``K`` new arms gets are enough to observe one, and more would
+        waste a round on an arm that may be bad. The rest is divided among the observed arms, in
+        proportion to ``softmax(index / temperature)``, or goes to them in the order of their index,
+        each as much as it may get. What either kind cannot take goes to the other.
 
         Args:
             quota: Candidates to divide, at least 0.
@@ -185,7 +206,9 @@ class SourceBandit:
 
         Returns:
             ``(K,)`` int64, at most ``min(stock, ceiling)``; the sum is the quota, or everything
-            there is if that is less. Rounded by the largest remainder, ties to the lower arm.
+            there is if that is less. What arms never observed get together is rounded up, so that a
+            small quota puts none off for ever; within either kind, parts are rounded by the largest
+            remainder, ties to the lower arm.
 
         Raises:
             ConfigurationError: If an argument is negative or has the wrong shape.
@@ -194,7 +217,7 @@ class SourceBandit:
             >>> bandit = SourceBandit(3)
             >>> bandit.update(torch.tensor([0.5, 0.5, torch.nan]))
             >>> bandit.allocate(9, torch.tensor([50, 50, 4]), torch.tensor([1, 1, 1])).tolist()
-            [3, 2, 4]
+            [3, 3, 3]
         """
         zeros = torch.zeros(self.n_arms, dtype=torch.int64)
         stock = self._limit("stock", stock)
@@ -205,14 +228,14 @@ class SourceBandit:
         if quota <= int(lower.sum()):
             return apportion(quota, lower, zeros, lower)
         index = self.index()
-        unknown = index.isinf()
-        first = torch.where(unknown, upper, lower)
-        if quota <= int(first.sum()):
-            return apportion(quota, torch.ones_like(index), lower, first)
-        known_index = torch.where(unknown, 0.0, index)
+        new = index.isinf()
+        first = _equal_shares(quota, new, lower, upper)
+        rest = quota - int(first.sum())
+        # The bounds of those that have their part, and their index, are out of the way.
+        lower, upper, index = (limits.masked_fill(new, 0) for limits in (lower, upper, index))
         if self.allocation == "argmax":
-            return _best_first(quota, known_index, first, upper)
-        return apportion(quota, torch.softmax(known_index / self.temperature, 0), first, upper)
+            return first + _best_first(rest, index, lower, upper)
+        return first + apportion(rest, torch.softmax(index / self.temperature, 0), lower, upper)
 
     def state_dict(self) -> dict[str, Tensor]:
         """What was learnt: counts and reward sums, each ``(K,)``.
@@ -239,26 +262,37 @@ class SourceBandit:
         into rounds, so a bandit with a window begins anew after them.
 
         Args:
-            state: From :meth:`state_dict` of a bandit with as many arms.
+            state: From :meth:`state_dict` of a bandit with at most as many arms: those that this
+                one has beyond them count as never observed.
 
         Raises:
-            StateError: If the number of arms differs.
+            StateError: If it has more arms than this bandit.
 
         Example:
-            >>> bandit = SourceBandit(2)
-            >>> bandit.load_state_dict(SourceBandit(2).state_dict())
+            >>> bandit, grown = SourceBandit(1), SourceBandit(2)
+            >>> bandit.update(torch.tensor([0.5]))
+            >>> grown.load_state_dict(bandit.state_dict())
+            >>> grown.index().isinf().tolist()
+            [False, True]
         """
         shape = tuple(state["counts"].shape)
-        if shape != (self.n_arms,):
+        if len(shape) != 1 or shape[0] > self.n_arms:
             raise StateError(
-                f"expected the state of a bandit with {self.n_arms} arms, but its counts have the "
-                f"shape {shape}; load it with the sources that it was saved with"
+                f"expected the state of a bandit with at most {self.n_arms} arms, but its counts "
+                f"have the shape {shape}; load it with the sources that it was saved with, which "
+                "only new ones may follow"
             )
-        self._counts = state["counts"].to("cpu", torch.float64, copy=True)
-        self._sums = state["sums"].to("cpu", torch.float64, copy=True)
+        self._counts = self._widened(state["counts"], 0.0)
+        self._sums = self._widened(state["sums"], 0.0)
         if self.window is not None:
             rounds = state.get("recent", torch.empty(0, self.n_arms))
-            self._look_back(rounds.to("cpu", torch.float64), self.window)
+            self._look_back(self._widened(rounds, torch.nan), self.window)
+
+    def _widened(self, saved: Tensor, unknown: float) -> Tensor:
+        """A copy of ``(..., k)`` saved numbers with a column for each of the ``K >= k`` arms."""
+        wide = torch.full((*saved.shape[:-1], self.n_arms), unknown, dtype=torch.float64)
+        wide[..., : saved.shape[-1]] = saved
+        return wide
 
     def _look_back(self, rounds: Tensor, window: int) -> None:
         """Let the last ``window`` of the rewards ``(rounds, K)`` count, and nothing before."""
@@ -285,6 +319,21 @@ def _relative_to_mean(costs: Sequence[float]) -> Tensor:
     relative = torch.tensor(costs, dtype=torch.float64) / max(costs)
     # An arm next to free of cost may not have an infinite index: that marks arms never observed.
     return (relative / relative.mean()).clamp(min=_LEAST_COST)
+
+
+def _equal_shares(quota: int, new: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+    """What each arm never observed gets of the quota, 0 for the others; ``(K,)`` int64.
+
+    Each ``clamp(quota / K, lower, upper)``, together rounded up; less where the least of the others
+    leaves less, and more where the most of the others does not use up the rest.
+    """
+    n_arms = len(new)
+    wanted = torch.full_like(lower, quota).clamp(n_arms * lower, n_arms * upper)[new].sum()
+    least_left = quota - int(upper[~new].sum())
+    most_left = quota - int(lower[~new].sum())
+    total = min(max(-(-int(wanted) // n_arms), least_left), most_left)
+    bounds = (limits.masked_fill(~new, 0) for limits in (lower, upper))
+    return apportion(total, torch.ones(n_arms), *bounds)
 
 
 def _best_first(quota: int, index: Tensor, lower: Tensor, upper: Tensor) -> Tensor:

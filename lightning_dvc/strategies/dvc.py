@@ -13,16 +13,24 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor
 
-from lightning_dvc.errors import ConfigurationError, check_settings
+from lightning_dvc.errors import check_settings
 from lightning_dvc.policy.bandit import SourceBandit
 from lightning_dvc.policy.diversify import class_ceilings, diversify
+from lightning_dvc.policy.layers import LayerWeighting, LayerWeights
 from lightning_dvc.policy.refine import disowned, threshold
 from lightning_dvc.policy.weights import DEFAULT_WEIGHTS, FixedWeights, WeightPolicy
 from lightning_dvc.pools import Pools
 from lightning_dvc.records import Choice
 from lightning_dvc.strategies.base import Round
 from lightning_dvc.strategies.observer import Examined, Observer, ObserverSettings
-from lightning_dvc.strategies.rewards import ArmRewards
+from lightning_dvc.strategies.rewards import (
+    REWARDS,
+    WORTHLESS,
+    ArmRewards,
+    MeasuredGain,
+    Reward,
+    mean_by_arm,
+)
 from lightning_dvc.strategies.scoring import Scores, join_scores, score
 
 _TAKE_BACK_FROM: Final = 3
@@ -32,17 +40,22 @@ class DVC:
     """Chooses by data value contribution (arXiv 2510.21286).
 
     Where sources have unequal :attr:`~lightning_dvc.pools.Source.cost`, the bandit divides the
-    candidates by worth per cost. Worth is the mean reward, which is 1/2 for a source of no use: a
-    low enough cost makes up for that, so cap such a source with its ``max_share``. Which candidates
-    are chosen, and how many, does not depend on costs: the budget is a number of samples.
+    candidates by worth per cost. Worth is how far the mean reward is above that of a source of no
+    use. Which candidates are chosen, and how many, does not depend on costs: the budget is a number
+    of samples.
 
     Args:
         weights: How the six metrics are weighed: when not given, by
             :data:`~lightning_dvc.policy.weights.DEFAULT_WEIGHTS`; see
             :class:`~lightning_dvc.policy.weights.FixedWeights` and
             :class:`~lightning_dvc.policy.weights.BayesianWeights`.
-        layer_weights: ``alpha`` of equation 5, one number of at least 0 per captured layer, scaled
-            to the sum 1; equal when not given.
+        layer_weights: ``alpha`` of equation 5: ``"equal"``, ``"depth"``, ``"learned"`` from what is
+            taken back, or one number of at least 0 per captured layer; see
+            :class:`~lightning_dvc.policy.layers.LayerWeights`.
+        reward: What the bandit learns from: ``"alignment"`` of the mean gradient of a source's
+            candidates with the reference's, their mean DVC ``"value"``, their ``"acceptance"``
+            rate, or the ``"gain"`` of the monitored score after the source had added samples; see
+            :mod:`lightning_dvc.strategies.rewards`.
         discount: What a past round counts for in the bandit, relative to the next; in ``(0, 1]``.
         window: How many of the last rounds count in the bandit, at least 1; all of them,
             discounted, when not given. Not together with a discount below 1.
@@ -52,6 +65,8 @@ class DVC:
         refine: Whether to go on after the budget is full, taking back what the model has come to
             disbelieve and filling up with better, never beyond the budget.
         reference_size: Reference samples drawn afresh each round, at least 1.
+        class_relevance: Whether relevance compares a sample with the reference samples of its own
+            class, rather than with all of them, as equation 8 can also be read.
         blend: As how many reference samples the selected ones count together, at least 0, and each
             as one at most: they stand beside the held-out ones, in mean gradients and in the label
             mix, while there are fewer than twice as many of these.
@@ -94,7 +109,8 @@ class DVC:
         self,
         weights: WeightPolicy | None = None,
         *,
-        layer_weights: Sequence[float] | None = None,
+        layer_weights: LayerWeighting | Sequence[float] = "equal",
+        reward: Reward = "alignment",
         discount: float = 1.0,
         window: int | None = None,
         exploration: float = 0.05,
@@ -102,6 +118,7 @@ class DVC:
         allocation: Literal["softmax", "argmax"] = "softmax",
         refine: bool = False,
         reference_size: int = 1000,
+        class_relevance: bool = True,
         blend: int = 50,
         reservoir_size: int = 1000,
         review_size: int = 10_000,
@@ -125,11 +142,12 @@ class DVC:
             ("disown_quantile", disown_quantile, 0 <= disown_quantile <= 1, "in [0, 1]"),
             ("class_slack", class_slack, class_slack >= 1, "at least 1"),
             ("duplicate_angle", duplicate_angle, 0 <= duplicate_angle <= math.pi, "in [0, pi]"),
-            ("layer_weights", layer_weights, _fit(layer_weights), "at least 0 and not all 0"),
+            ("reward", reward, reward in REWARDS, f"one of {REWARDS}"),
             ("density", density, density in ("exact", "lsh"), "'exact' or 'lsh'"),
         )
         self.weights: WeightPolicy = weights or FixedWeights(DEFAULT_WEIGHTS)
-        self.layer_weights = layer_weights
+        self.layer_weights = LayerWeights(layer_weights)
+        self.reward = reward
         self.take_back = take_back
         self.disown_quantile = disown_quantile
         self.class_slack = class_slack
@@ -140,6 +158,7 @@ class DVC:
             exploration=exploration,
             temperature=temperature,
             allocation=allocation,
+            worthless=WORTHLESS[reward],
         )
         self.refines = refine
         self._new_bandit(1)  # refuses settings that cannot be before training starts
@@ -148,6 +167,7 @@ class DVC:
             self.weights.measures,
             ObserverSettings(
                 reference_size=reference_size,
+                class_relevance=class_relevance,
                 blend=blend,
                 reservoir_size=reservoir_size,
                 review_size=review_size,
@@ -162,35 +182,48 @@ class DVC:
         # The weights in force and the progress at which they were asked for; the score since.
         self._asked: tuple[Tensor, float] | None = None
         self._score: float | None = None
+        self._gain = MeasuredGain()
 
     @property
     def learns_from_score(self) -> bool:
-        """Whether the weights are learnt from the monitored validation score."""
-        return self.weights.learns_from_score
+        """Whether anything is learnt from the monitored validation score."""
+        return self.weights.learns_from_score or self.reward == "gain"
 
     def choose(self, this: Round) -> Choice:
         """One round: examine, draw, score, choose, learn."""
         bandit = self._bandit = self._bandit_of(this.pools)
         with this.watch.section("weigh"):
-            weights = self._weigh(this.progress)
+            score, self._score = self._score, None
+            weights = self._weigh(this, score)
+            earned = self._gain.rewards(score, bandit.n_arms)
+            if earned is not None:
+                bandit.update(earned)
         with this.watch.section("examine"):
             examined = self._observer.examine(this)
             removed = self._disowned(this, examined)
+            if self.layer_weights.learns:
+                self.layer_weights.judge(removed)
             quota = this.quota(len(removed))
         with this.watch.section("draw"):
             candidates = self._draw(this, bandit, quota, removed)
         with this.watch.section("score"):
-            scores, rewards = self._score_candidates(this, candidates, examined)
+            scores, alignment = self._score_candidates(this, candidates, examined)
         with this.watch.section("choose"):
-            choice, chosen = self._pick(this, scores, weights, examined, quota, removed)
+            alpha = self.layer_weights.alpha(scores.layer_metrics.shape[1])
+            values = scores.values(weights, alpha)
+            choice, positions = self._pick(this, scores, values, weights, examined, quota, removed)
         with this.watch.section("learn"):
-            earned = rewards.rewards(this.group)
-            bandit.update(earned)
+            chosen = scores.rows(positions)
             self._observer.remember(this, chosen, removed)
-        choice.figures.update(self._observer.figures)
-        for name, reward in zip(this.pools.names, earned.tolist(), strict=True):
-            if not math.isnan(reward):
-                choice.figures[f"reward/{name}"] = reward
+            if self.layer_weights.learns:
+                self.layer_weights.note(chosen.ids, scores.layer_values(weights)[positions])
+            arms = this.pools.arms_of(scores.ids)
+            if self.reward == "gain":  # known once the score is
+                self._gain.added(torch.bincount(arms[positions], minlength=bandit.n_arms), score)
+            else:
+                earned = self._earned(this, arms, values, positions, alignment)
+                bandit.update(earned)
+        choice.figures.update(self._figures(this, earned, alpha))
         return choice
 
     def observe(self, score: float) -> None:
@@ -204,6 +237,8 @@ class DVC:
             "asked": self._asked,
             "score": self._score,
             "bandit": self._bandit and self._bandit.state_dict(),
+            "gain": self._gain.state_dict(),
+            "layer_weights": self.layer_weights.state_dict(),
             "observer": self._observer.state_dict(),
         }
 
@@ -212,6 +247,8 @@ class DVC:
         self.weights.load_state_dict(state["weights"])
         self._asked, self._score = state["asked"], state["score"]
         self._observer.load_state_dict(state["observer"])
+        self._gain.load_state_dict(state["gain"])
+        self.layer_weights.load_state_dict(state["layer_weights"])
         if state["bandit"]:
             self._bandit = self._new_bandit(len(state["bandit"]["counts"]))
             self._bandit.load_state_dict(state["bandit"])
@@ -224,13 +261,13 @@ class DVC:
             bandit.load_state_dict(self._bandit.state_dict())
         return bandit
 
-    def _weigh(self, progress: float) -> Tensor:
+    def _weigh(self, this: Round, score: float | None) -> Tensor:
         """Tell the weight policy what followed its last answer, and ask for the next."""
-        if self._asked is not None and self._score is not None:
-            self.weights.tell(*self._asked, self._score)
-        self._score = None
-        weights = self.weights.ask(progress)
-        self._asked = (weights, progress)
+        if self._asked is not None and score is not None:
+            self.weights.tell(*self._asked, score)
+        # Of the first process, since an answer may depend on the clock.
+        weights = this.group.first(self.weights.ask(this.progress), this.probe.device)
+        self._asked = (weights, this.progress)
         return weights
 
     def _disowned(self, this: Round, examined: Examined) -> Tensor:
@@ -258,9 +295,11 @@ class DVC:
 
     def _score_candidates(
         self, this: Round, candidates: Tensor, examined: Examined
-    ) -> tuple[Scores, ArmRewards]:
-        """Metrics of the candidates and rewards of their sources, over all processes."""
-        rewards = ArmRewards(len(this.pools.names), examined.gradient)
+    ) -> tuple[Scores, ArmRewards | None]:
+        """Metrics of the candidates, over all processes, and how their sources' gradients point."""
+        rewards = None
+        if self.reward == "alignment":
+            rewards = ArmRewards(len(this.pools.names), examined.gradient)
         parts = [Scores.empty(len(examined.standards), self._observer.window)]
         for captured in self._observer.candidates(this, candidates):
             scores = score(
@@ -278,13 +317,13 @@ class DVC:
         self,
         this: Round,
         scores: Scores,
+        values: Tensor,
         weights: Tensor,
         examined: Examined,
         quota: int,
         removed: Tensor,
-    ) -> tuple[Choice, Scores]:
-        """The best candidates under the diversification rules, and their scores."""
-        values = scores.values(weights, self._alpha(scores.layer_metrics.shape[1]))
+    ) -> tuple[Choice, Tensor]:
+        """The best candidates under the diversification rules, and their positions."""
         floor, ceiling = this.arm_bounds(removed, quota)
         known, among = self._observer.duplicates(scores.codes)
         found = diversify(
@@ -301,35 +340,34 @@ class DVC:
             # What a round leaves over, the next ones make up for with other candidates.
             relax=this.is_last,
         )
-        chosen = scores.rows(found.positions)
+        places = found.positions
         figures = {f"passed_over/{rule}": float(n) for rule, n in found.passed_over.items()}
         figures["candidates"] = float(len(scores))
-        raw = chosen.raw()
-        return (
-            Choice(chosen.ids, values[found.positions], raw, weights, removed, figures),
-            chosen,
-        )
+        raw = scores.rows(places).raw()
+        return Choice(scores.ids[places], values[places], raw, weights, removed, figures), places
+
+    def _figures(self, this: Round, earned: Tensor | None, alpha: Tensor) -> dict[str, float]:
+        """What is told of a round beside what was chosen."""
+        figures = dict(self._observer.figures)
+        if earned is not None:
+            named = zip(this.pools.names, earned.tolist(), strict=True)
+            figures |= {f"reward/{name}": r for name, r in named if not math.isnan(r)}
+        if self.layer_weights.learns:
+            figures |= {f"layer_weight/{number}": a for number, a in enumerate(alpha.tolist())}
+        return figures
+
+    def _earned(
+        self, this: Round, arms: Tensor, values: Tensor, chosen: Tensor, found: ArmRewards | None
+    ) -> Tensor:
+        """Rewards ``(K,)`` that are known as soon as a round is over."""
+        if found is not None:
+            return found.rewards(this.group)
+        if self.reward == "acceptance":
+            values = torch.zeros_like(values).index_fill(0, chosen, 1.0)
+        return mean_by_arm(values, arms, len(this.pools.names))
 
     def _class_ceiling(self, labels: Tensor, reference: Tensor, quota: int) -> Tensor | None:
         highest = max(torch.cat([labels, reference]).tolist(), default=-1)
         if highest < 0 or math.isinf(self.class_slack):
             return None
         return class_ceilings(reference, highest + 1, quota, self.class_slack)
-
-    def _alpha(self, n_layers: int) -> Tensor:
-        """Layer weights ``(L,)`` of equation 5."""
-        if self.layer_weights is None:
-            return torch.full((n_layers,), 1 / n_layers)
-        if len(self.layer_weights) != n_layers:
-            raise ConfigurationError(
-                f"layer_weights must hold one number for each of the {n_layers} captured layers, "
-                f"but holds {len(self.layer_weights)}; give as many, or name layers=[...]"
-            )
-        alpha = torch.tensor(self.layer_weights, dtype=torch.float64)
-        return alpha / alpha.sum()
-
-
-def _fit(layer_weights: Sequence[float] | None) -> bool:
-    if layer_weights is None:
-        return True
-    return all(0 <= a < math.inf for a in layer_weights) and sum(layer_weights) > 0

@@ -43,6 +43,7 @@ class ObserverSettings:
     """Sizes and tolerances; see :class:`lightning_dvc.strategies.dvc.DVC`, which documents them."""
 
     reference_size: int
+    class_relevance: bool
     blend: int
     reservoir_size: int
     review_size: int
@@ -253,7 +254,7 @@ class Observer:
             torch.arange(_length(this.reference)), self._settings.reference_size, this, "reference"
         )
         n_bad = len(this.probe.bad)
-        take = partial(_take, gradients, by_label=True)
+        take = partial(_take, gradients, by_label=self._settings.class_relevance)
         reference = this.probe.capture_all(this.reference, ids, take)
         # Their ids are not those of the pools, of which nothing may be set aside for them.
         if this.probe.bad[n_bad:]:
@@ -272,7 +273,8 @@ class Observer:
         ids = _some(this.selected, sizes.reservoir_size, this, "reservoir")
         gradients: list[ReferenceGradients] = []
         stands_in = this.reference is None or self._blends(this)
-        take = partial(_take, gradients, by_label=stands_in)
+        by_label = stands_in and sizes.class_relevance
+        take = partial(_take, gradients, by_label=by_label)
         wanted = stands_in or "gradient_impact" in self._needs
         reservoir = this.probe.capture_all(this.pools.dataset, ids, take if wanted else None)
         others = this.selected[~torch.isin(this.selected, ids)]

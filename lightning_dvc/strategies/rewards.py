@@ -1,6 +1,11 @@
-"""What a source was worth in a round: do its candidates pull the way the reference does?"""
+"""What a source was worth in a round: the reward that the bandit learns from.
 
-from collections.abc import Sequence
+The default, the alignment of mean gradients, measured best; the others are there to be compared
+with (``python -m examples.ablation``).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
@@ -8,6 +13,17 @@ from torch import Tensor
 from lightning_dvc.capture.gradients import LayerGradients
 from lightning_dvc.distributed import Group
 from lightning_dvc.metrics.relevance import runs
+
+Reward = Literal["alignment", "value", "acceptance", "gain"]
+REWARDS: Final = ("alignment", "value", "acceptance", "gain")
+
+WORTHLESS: Final[Mapping[str, float]] = {
+    "alignment": 0.5,
+    "value": 0.0,
+    "acceptance": 0.0,
+    "gain": 0.5,
+}
+"""The reward of a source that is of no use, by kind of reward."""
 
 
 class ArmRewards:
@@ -74,3 +90,82 @@ class ArmRewards:
         lengths = (squares * length).sqrt()
         cosine = torch.where(lengths > 0, products / lengths, 0.0).clamp(-1, 1)
         return torch.where(counts > 0, (1 + cosine) / 2, torch.nan)
+
+
+def mean_by_arm(numbers: Tensor, arms: Tensor, n_arms: int) -> Tensor:
+    """Mean number of each arm's candidates.
+
+    Of their DVC values it is the reward ``"value"``; of ones for chosen candidates and zeros for
+    the others it is the reward ``"acceptance"``.
+
+    Args:
+        numbers: ``(n,)`` in ``[0, 1]``.
+        arms: ``(n,)`` the source of each candidate.
+        n_arms: Number of sources ``K``.
+
+    Returns:
+        ``(K,)`` float64 in ``[0, 1]``; NaN for an arm without candidates.
+
+    Example:
+        >>> mean_by_arm(torch.tensor([0.5, 1.0, 0.25]), torch.tensor([0, 0, 2]), 3).tolist()
+        [0.75, nan, 0.25]
+    """
+    numbers = numbers.double()
+    return torch.stack([numbers[arms == arm].mean() for arm in range(n_arms)])
+
+
+class MeasuredGain:
+    """Rewards from the monitored score: what it gained after sources had added samples.
+
+    The reward of an arm is ``(1 + g s) / 2``, with ``g`` the change of the score from one round to
+    the next over the largest change so far, in ``[-1, 1]``, and ``s`` what the arm added in between
+    over what the arm that added most did, in ``[0, 1]``.
+
+    Example:
+        >>> gain = MeasuredGain()
+        >>> gain.added(torch.tensor([10, 5, 0]), score=0.5)
+        >>> gain.rewards(score=0.7, n_arms=3)
+        tensor([1.0000, 0.7500,    nan], dtype=torch.float64)
+    """
+
+    def __init__(self) -> None:
+        self._before: float | None = None
+        self._counts: Tensor | None = None
+        self._largest = 0.0
+
+    def added(self, counts: Tensor, score: float | None) -> None:
+        """Note what a round adds.
+
+        Args:
+            counts: ``(K,)`` samples added of each source.
+            score: The score before, the greater the better; None where it is not known.
+        """
+        self._counts, self._before = counts.double(), score
+
+    def rewards(self, score: float | None, n_arms: int) -> Tensor | None:
+        """Rewards of what was added last, given the score after; None where it is not known.
+
+        Args:
+            score: The score, the greater the better.
+            n_arms: Number of sources ``K``, of which the last may have come since.
+
+        Returns:
+            ``(K,)`` float64 in ``[0, 1]``; NaN for an arm that added nothing.
+        """
+        if self._counts is None or self._before is None or score is None:
+            return None
+        change = score - self._before
+        self._largest = max(self._largest, abs(change))
+        gain = change / self._largest if self._largest > 0 else 0.0
+        shares = self._counts / self._counts.max().clamp(min=1)
+        rewards = torch.where(self._counts > 0, (1 + gain * shares) / 2, torch.nan)
+        return torch.cat([rewards, rewards.new_full((n_arms - len(rewards),), torch.nan)])
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next rewards depend on."""
+        return {"before": self._before, "counts": self._counts, "largest": self._largest}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state."""
+        self._before, self._counts = state["before"], state["counts"]
+        self._largest = state["largest"]

@@ -101,6 +101,15 @@ class Scores:
             layer_weights,
         )
 
+    def layer_values(self, weights: Tensor) -> Tensor:
+        """Each layer's part of the values, ``(n, L)``: LVC of equation 6 on the ranks.
+
+        Args:
+            weights: ``(6,)`` metric weights on the simplex.
+        """
+        ranks = rank_normalise(self.layer_metrics.nan_to_num(nan=0.0))
+        return ranks @ weights[:N_LAYER_METRICS].to(ranks)
+
     def gather(self, group: Group, device: torch.device) -> "Scores":
         """The scores of every process, ordered by sample id."""
         gathered = {f.name: group.gather(getattr(self, f.name), device) for f in fields(self)}

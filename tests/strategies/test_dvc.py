@@ -213,6 +213,55 @@ def test_the_bandit_remembers_the_rounds_of_its_window():
     assert state["counts"].max() <= 2
 
 
+def arms_added(run, choice):
+    return torch.bincount(run.pools.arms_of(choice.add), minlength=len(run.pools.names))
+
+
+def figures_of(choice, run, prefix):
+    return [choice.figures.get(f"{prefix}/{name}", math.nan) for name in run.pools.names]
+
+
+@pytest.mark.parametrize("reward", ["alignment", "value", "acceptance"])
+def test_each_reward_keeps_wrong_labels_out(reward):
+    run = Run(DVC(reward=reward), {"wrong": wrong(), "good": good()})
+    first, *_ = run.all()
+    wrongs, goods = figures_of(first, run, "reward")
+    assert 0 <= wrongs < goods <= 1
+    assert run.shares()["wrong"] < 0.2
+
+
+def test_acceptance_is_the_share_of_the_candidates_that_were_chosen():
+    run = Run(DVC(reward="acceptance"))
+    choice = run.round()
+    candidates = choice.figures["candidates"] / 3  # the first round divides them equally
+    expected = (arms_added(run, choice) / candidates).tolist()
+    assert figures_of(choice, run, "reward") == pytest.approx(expected, abs=0.02)
+
+
+def test_gain_rewards_what_was_added_before_the_score_rose():
+    run = Run(DVC(reward="gain"))
+    assert run.strategy.learns_from_score
+    first = run.round()
+    run.strategy.observe(0.5)
+    second = run.round()
+    run.strategy.observe(0.8)
+    third = run.round()
+    assert "reward/good" not in first.figures | second.figures
+    added = arms_added(run, second)
+    expected = torch.where(added > 0, (1 + added / added.max()) / 2, torch.nan).tolist()
+    assert figures_of(third, run, "reward") == pytest.approx(expected, nan_ok=True)
+
+
+def test_learnt_layer_weights_change_with_what_is_taken_back():
+    weights = FixedWeights({"uncertainty": 1, "diversity": 1, "quality": 1})  # lets many through
+    strategy = DVC(weights, temperature=1.0, layer_weights="learned")
+    choices = Run(strategy, {"good": good(), "wrong": wrong()}, budget=120).all()
+    told = [[c.figures[f"layer_weight/{number}"] for number in range(2)] for c in choices]
+    assert told[0] == [0.5, 0.5]
+    assert told[-1] != [0.5, 0.5]
+    assert [sum(alpha) for alpha in told] == pytest.approx([1] * ROUNDS)
+
+
 def test_random_draws_in_proportion_to_the_stock():
     run = Run(Random(), {"large": good(300), "small": good(100)})
     run.all()
@@ -228,6 +277,8 @@ def test_random_draws_in_proportion_to_the_stock():
         lambda: DVC(cache_dtype=torch.float16, drift_tolerance=10.0),
         lambda: DVC(density="lsh", stability_window=1, layer_weights=[1, 3]),
         lambda: DVC(window=2),
+        lambda: DVC(reward="gain", layer_weights="learned"),
+        lambda: DVC(reward="acceptance", class_relevance=False),
         Random,
     ],
 )
@@ -343,6 +394,7 @@ def test_hashed_density_ranks_about_as_the_exact_one():
         ({"duplicate_angle": 4.0}, r"duplicate_angle must be in \[0, pi\]"),
         ({"density": "kde"}, "'exact' or 'lsh'"),
         ({"layer_weights": [0, 0]}, "not all 0"),
+        ({"reward": "luck"}, "reward must be one of"),
         ({"temperature": 0.0}, "temperature must be greater than 0"),
         ({"window": 0}, "window must be None, or at least 1"),
         ({"window": 3, "discount": 0.9}, "window=3, discount=0.9; leave one out"),

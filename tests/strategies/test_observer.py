@@ -49,6 +49,7 @@ class Rounds:
             "duplicate_angle": 0.1,
             "density": "exact",
             "blend": 0,
+            "class_relevance": True,
             "cache_bytes": 0,
             "cache_dtype": None,
             "drift_tolerance": 0.01,
@@ -233,3 +234,15 @@ def test_a_small_reference_leans_on_the_selection(blend, trust):
     plain = Rounds(blend=0).examine()
     same = torch.equal(plain.gradient[0], examined.gradient[0])
     assert same != blended
+
+
+@pytest.mark.parametrize(("reference", "blend"), [(True, 0), (True, 100), (False, 0)])
+def test_relevance_over_all_compares_no_class_by_itself(reference, blend):
+    by_class, over_all = (
+        Rounds(reference=reference, blend=blend, class_relevance=each).examine()
+        for each in (True, False)
+    )
+    for ours, theirs in zip(by_class.standards, over_all.standards, strict=True):
+        assert len(ours.relevance.means) > len(theirs.relevance.means) == 1
+        torch.testing.assert_close(theirs.relevance.overall, ours.relevance.overall)
+    assert torch.equal(by_class.labels, over_all.labels)  # the label mix needs them all the same

@@ -12,7 +12,7 @@ from lightning_dvc.capture.convolution import Convolved
 from lightning_dvc.capture.gradients import Materialised, OuterProducts
 from lightning_dvc.capture.scattered import Scattered
 from lightning_dvc.distributed import Group
-from lightning_dvc.strategies.rewards import ArmRewards
+from lightning_dvc.strategies.rewards import ArmRewards, MeasuredGain, mean_by_arm
 
 ARMS = 4
 
@@ -110,3 +110,65 @@ def test_batches_after_a_question_count_as_well():
         expected = rewards_by_hand([full[:upto]], arms[:upto].tolist(), reference)
         found = rewards.rewards(Group())
         oracles.assert_near(found.nan_to_num(), [0.0 if e != e else e for e in expected])
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, ARMS - 1), st.floats(0, 1)), max_size=12))
+def test_mean_by_arm_is_the_mean_of_each_arms_own(candidates):
+    arms = torch.tensor([arm for arm, _ in candidates], dtype=torch.int64)
+    numbers = torch.tensor([number for _, number in candidates], dtype=torch.float64)
+    found = mean_by_arm(numbers, arms, ARMS).tolist()
+    for arm in range(ARMS):
+        own = [number for other, number in candidates if other == arm]
+        assert (
+            math.isnan(found[arm])
+            if not own
+            else math.isclose(found[arm], math.fsum(own) / len(own), abs_tol=1e-12)
+        )
+
+
+def test_gain_is_shared_by_what_was_added_and_scaled_by_the_largest_change():
+    gain = MeasuredGain()
+    assert gain.rewards(0.5, 3) is None  # nothing was added yet
+    gain.added(torch.tensor([4, 2, 0]), score=None)
+    assert gain.rewards(0.5, 3) is None  # the score before is not known
+    expected = [
+        ([4, 2, 0], 0.5, 0.7, [1.0, 0.75, math.nan]),
+        ([0, 3, 3], 0.7, 0.6, [math.nan, 0.25, 0.25]),  # half the largest change, downwards
+        ([5, 5, 1], 0.6, 0.6, [0.5, 0.5, 0.5]),
+    ]
+    for counts, before, after, rewards in expected:
+        gain.added(torch.tensor(counts), before)
+        assert gain.rewards(None, 3) is None
+        found = gain.rewards(after, 3)
+        torch.testing.assert_close(
+            found, torch.tensor(rewards, dtype=torch.float64), equal_nan=True
+        )
+
+
+def test_scores_that_never_change_and_rounds_that_add_nothing_are_worth_nothing():
+    gain = MeasuredGain()
+    gain.added(torch.tensor([1, 0]), 0.5)
+    assert gain.rewards(0.5, 2)[0] == 0.5
+    gain.added(torch.tensor([0, 0]), 0.5)
+    assert gain.rewards(0.9, 2).isnan().all()
+
+
+def test_gain_goes_on_from_its_state(tmp_path):
+    gain, again = MeasuredGain(), MeasuredGain()
+    gain.added(torch.tensor([4, 2]), 0.5)
+    gain.rewards(0.9, 2)
+    gain.added(torch.tensor([1, 2]), 0.9)
+    torch.save(gain.state_dict(), tmp_path / "state.pt")
+    again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert torch.equal(gain.rewards(0.8, 2), again.rewards(0.8, 2))
+
+
+def test_a_source_added_since_has_no_gain_yet():
+    gain = MeasuredGain()
+    gain.added(torch.tensor([4, 2]), 0.5)
+    torch.testing.assert_close(
+        gain.rewards(0.9, 3),
+        torch.tensor([1.0, 0.75, math.nan], dtype=torch.float64),
+        equal_nan=True,
+    )
