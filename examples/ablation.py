@@ -71,6 +71,7 @@ VARIANTS: dict[str, Variant] = {
     "reference: no validation": Variant(datamodule={"val": None}),
     "weights: equal": _weighing(**dict.fromkeys(METRICS, 1.0)),
     "weights: learned": Variant(lambda: DVC(BayesianWeights())),
+    "weights: half the relevance": _weighing(relevance=0.5),
     "weights: no relevance": _weighing(relevance=0.0),
     "weights: no uncertainty": _weighing(uncertainty=0.0),
     "relevance: overall": _of(class_relevance=False),

@@ -21,7 +21,7 @@ from lightning_dvc.capture.gradients import (
 )
 
 MIN_CLASS_SAMPLES: Final = 3
-"""A class with fewer reference samples than this is compared with the mean over all of them."""
+"""Of a class with fewer reference samples than this, relevance is not known."""
 
 
 class MeanGradient(Protocol):
@@ -66,8 +66,8 @@ class RelevanceReference:
     Attributes:
         overall: Mean gradient over all reference samples, a full gradient.
         means: That of each class with enough samples, and last the one over all.
-        column: ``(C + 1,)`` which of the means a label uses; entry ``-1`` (the last) is for no
-            class.
+        column: ``(C + 1,)`` which of the means a label uses, -1 where too little is known; the last
+            entry is for no class.
     """
 
     overall: Tensor
@@ -75,15 +75,19 @@ class RelevanceReference:
     column: Tensor
 
     def columns(self, labels: Tensor) -> Tensor:
-        """Which of the means each of ``(n,)`` labels uses, ``(n,)``."""
-        return self.column[torch.where(labels < len(self.column) - 1, labels, -1)]
+        """Which of the means ``(n,)`` labels use, ``(n,)``; -1 where too little is known."""
+        n_classes = len(self.column) - 1
+        found = self.column[torch.where(labels < n_classes, labels, -1)]
+        # Where the reference has no classes at all, all are compared with its overall mean.
+        return torch.where((labels >= n_classes) & (n_classes > 0), -1, found)
 
     def products(self, gradients: LayerGradients, columns: Tensor) -> Tensor:
         """Inner product of each gradient with one of the means.
 
         Args:
             gradients: Gradients of ``n`` samples.
-            columns: ``(n,)`` which mean; cheapest where equal ones follow each other.
+            columns: ``(n,)`` which mean, any where that is -1; cheapest where equal ones follow
+                each other.
 
         Returns:
             ``(n,)``.
@@ -100,11 +104,12 @@ class RelevanceReference:
             columns: ``(n,)`` which mean.
 
         Returns:
-            ``(n,)`` in ``[-1, 1]``; 0 where either gradient vanishes.
+            ``(n,)`` in ``[-1, 1]``; 0 where either gradient vanishes, NaN where the mean is -1.
         """
         norms = torch.stack([mean.norm for mean in self.means])[columns.to(products.device)]
         lengths = squared_norms.clamp(min=0).sqrt() * norms
-        return torch.where(lengths > 0, products / lengths, 0.0).clamp(-1, 1)
+        cosines = torch.where(lengths > 0, products / lengths, 0.0).clamp(-1, 1)
+        return cosines.masked_fill(columns.to(cosines.device) < 0, torch.nan)
 
 
 class ReferenceGradients:
@@ -116,7 +121,7 @@ class ReferenceGradients:
         >>> seen.add(Materialised(torch.ones(4, 2, 2)), torch.tensor([0, 0, 0, 1]))
         >>> reference = seen.means()
         >>> reference.column.tolist(), reference.overall.sum().item()
-        ([0, 1, 1], 4.0)
+        ([0, -1, 1], 4.0)
     """
 
     def __init__(self) -> None:
@@ -167,7 +172,7 @@ class ReferenceGradients:
                 means.append(_Formed(self._sums[label], count))
             else:
                 means.append(_cheaper(factors.rows(labels == label), count))
-        column[column < 0] = len(means)
+        column[-1] = len(means)
         return RelevanceReference(overall, [*means, _Formed(overall)], column)
 
     def blended(self, other: "ReferenceGradients", counting_as: float) -> RelevanceReference:
@@ -192,7 +197,7 @@ class ReferenceGradients:
             if label >= 0 and counts[label] >= MIN_CLASS_SAMPLES:
                 column[label] = len(means)
                 means.append(_Formed(sums[label], counts[label]))
-        column[column < 0] = len(means)
+        column[-1] = len(means)
         return RelevanceReference(overall, [*means, _Formed(overall)], column)
 
     def _by_label(self) -> dict[int, tuple[Tensor, int]]:
@@ -217,12 +222,13 @@ def relevance(gradients: LayerGradients, labels: Tensor, reference: RelevanceRef
 
     Args:
         gradients: Gradients of ``n`` samples in one layer.
-        labels: ``(n,)`` classes, -1 where there is none; a class without (enough) reference
-            samples is compared with the mean over all of them.
+        labels: ``(n,)`` classes, -1 where there is none: then, and where the reference has no
+            classes, the mean over all of it is what is compared with.
         reference: From :class:`ReferenceGradients`, for the same layer.
 
     Returns:
-        ``(n,)`` in ``[-1, 1]``; 0 where either gradient vanishes.
+        ``(n,)`` in ``[-1, 1]``; 0 where either gradient vanishes, NaN for a class without (enough)
+        reference samples.
 
     Example:
         >>> from lightning_dvc.capture.gradients import Materialised

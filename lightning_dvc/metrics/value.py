@@ -13,27 +13,28 @@ def rank_normalise(values: Tensor) -> Tensor:
     sources, whose ids are consecutive.
 
     Args:
-        values: ``(n, ...)`` finite numbers; every trailing position is ranked by itself.
+        values: ``(n, ...)`` numbers; every trailing position is ranked by itself. NaN is not known.
 
     Returns:
-        Same shape: 0 for the lowest, 1 for the highest, 0.5 for a single sample.
+        Same shape: 0 for the lowest, 1 for the highest, 0.5 for a single one and where nothing is
+        known, so that not to be known is neither for nor against a sample.
 
     Example:
         >>> rank_normalise(torch.tensor([3.0, 9.0, 3.0])).tolist()
         [0.25, 1.0, 0.25]
     """
-    n_samples = len(values)
     columns = (values[:, None] if values.ndim == 1 else values.flatten(1)).T
-    ranks = torch.stack([_mean_ranks(column) for column in columns], dim=1)
-    scaled = ranks / (n_samples - 1) if n_samples > 1 else ranks + 0.5
-    return scaled.reshape(values.shape)
+    return torch.stack([_scaled_ranks(column) for column in columns], dim=1).reshape(values.shape)
 
 
-def _mean_ranks(column: Tensor) -> Tensor:
-    _, inverse, counts = torch.unique(column, return_inverse=True, return_counts=True)
-    below = counts.cumsum(0) - counts
-    mean_rank: Tensor = below + (counts - 1) / 2
-    return mean_rank[inverse]
+def _scaled_ranks(column: Tensor) -> Tensor:
+    known = ~column.isnan()
+    _, inverse, counts = torch.unique(column[known], return_inverse=True, return_counts=True)
+    ranks = torch.full_like(column, 0.5)
+    if len(inverse) > 1:
+        mean_ranks = counts.cumsum(0) - counts + (counts - 1) / 2
+        ranks[known] = (mean_ranks[inverse] / (len(inverse) - 1)).to(ranks)
+    return ranks
 
 
 def dvc_value(

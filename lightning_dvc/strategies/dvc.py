@@ -18,7 +18,7 @@ from lightning_dvc.policy.bandit import SourceBandit
 from lightning_dvc.policy.diversify import class_ceilings, diversify
 from lightning_dvc.policy.layers import LayerWeighting, LayerWeights
 from lightning_dvc.policy.refine import disowned, threshold
-from lightning_dvc.policy.weights import DEFAULT_WEIGHTS, FixedWeights, WeightPolicy
+from lightning_dvc.policy.weights import DEFAULT_WEIGHTS, FixedWeights, WeightPolicy, trusted
 from lightning_dvc.pools import Pools
 from lightning_dvc.records import Choice
 from lightning_dvc.strategies.base import Round
@@ -38,6 +38,11 @@ _TAKE_BACK_FROM: Final = 3
 
 class DVC:
     """Chooses by data value contribution (arXiv 2510.21286).
+
+    Held-out samples are what candidates are compared with. Where there are few, selected samples
+    stand beside them in the reference, and where there are none, in their place. Relevance then
+    counts less, by the share of held-out samples in the reference: a selection that has yet to
+    become good is nothing to agree with.
 
     Where sources have unequal :attr:`~lightning_dvc.pools.Source.cost`, the bandit divides the
     candidates by worth per cost. Worth is how far the mean reward is above that of a source of no
@@ -204,6 +209,7 @@ class DVC:
             if self.layer_weights.learns:
                 self.layer_weights.judge(removed)
             quota = this.quota(len(removed))
+            weights = trusted(weights, examined.held_out)
         with this.watch.section("draw"):
             candidates = self._draw(this, bandit, quota, removed)
         with this.watch.section("score"):
@@ -348,7 +354,7 @@ class DVC:
 
     def _figures(self, this: Round, earned: Tensor | None, alpha: Tensor) -> dict[str, float]:
         """What is told of a round beside what was chosen."""
-        figures = dict(self._observer.figures)
+        figures = {**self._observer.figures, **self.weights.figures}
         if earned is not None:
             named = zip(this.pools.names, earned.tolist(), strict=True)
             figures |= {f"reward/{name}": r for name, r in named if not math.isnan(r)}

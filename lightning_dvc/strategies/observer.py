@@ -63,6 +63,7 @@ class Examined:
         standards: What each layer's metrics are measured against.
         gradient: Per layer, the mean reference gradient, a full gradient.
         labels: ``(m,)`` classes of the reference samples, -1 where there is none.
+        held_out: Share of held-out samples in the reference, in ``[0, 1]``.
         reference_confidence: ``(m,)`` how plausible recent model states find their targets.
         selected_confidence: ``(s,)`` the same of all selected samples, NaN where it is not known.
     """
@@ -70,6 +71,7 @@ class Examined:
     standards: list[LayerStandards]
     gradient: list[Tensor]
     labels: Tensor
+    held_out: float
     reference_confidence: Tensor
     selected_confidence: Tensor
 
@@ -122,6 +124,7 @@ class Observer:
         self._tells_repeats = self._can_tell_repeats(reference)
         if reference is None:
             reference, gradients, seen = reservoir, training, of_selected
+            self._trust = 0.0
         else:
             seen, self._trust = of_reference, 1.0
             seen.record(reference.ids, reference.confidence, this.number)
@@ -140,6 +143,7 @@ class Observer:
             self._standards(reference, reservoir, means, training, this.seed),
             [layer.overall for layer in means],
             labels,
+            self._trust,
             seen.recent(reference.ids, this.number).nanmean(1),
             of_selected.recent(this.selected, this.number).nanmean(1),
         )

@@ -93,10 +93,9 @@ class Scores:
             weights: ``(6,)`` metric weights on the simplex.
             layer_weights: ``(L,)`` layer weights on the simplex.
         """
-        # A metric that was not measured has no weight, and all have the same rank in it.
         return dvc_value(
-            rank_normalise(self.layer_metrics.nan_to_num(nan=0.0)),
-            rank_normalise(self.global_metrics.nan_to_num(nan=0.0)),
+            rank_normalise(self.layer_metrics),
+            rank_normalise(self.global_metrics),
             weights,
             layer_weights,
         )
@@ -107,7 +106,7 @@ class Scores:
         Args:
             weights: ``(6,)`` metric weights on the simplex.
         """
-        ranks = rank_normalise(self.layer_metrics.nan_to_num(nan=0.0))
+        ranks = rank_normalise(self.layer_metrics)
         return ranks @ weights[:N_LAYER_METRICS].to(ranks)
 
     def gather(self, group: Group, device: torch.device) -> "Scores":

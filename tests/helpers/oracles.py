@@ -170,7 +170,7 @@ def assert_near(found, expected, scale=1.0):
     expected = torch.as_tensor(expected, dtype=torch.float64)
     assert found.shape == expected.shape
     scale = torch.as_tensor(scale, dtype=torch.float64).clamp(min=1e-290)
-    torch.testing.assert_close(found / scale, expected / scale, rtol=0, atol=1e-10)
+    torch.testing.assert_close(found / scale, expected / scale, rtol=0, atol=1e-10, equal_nan=True)
 
 
 # --- metrics of one layer ----------------------------------------------------------------------
@@ -199,9 +199,12 @@ def quality(h, middle, mad):
 
 
 def relevance(g, label, reference, reference_labels, minimum=3):
-    """Equation 8: cosine with the mean of the label's reference gradients, or of all of them."""
+    """Equation 8: cosine with the mean of the label's reference gradients, of all without labels."""
     own = [r for r, at in zip(reference, reference_labels, strict=True) if at == label]
-    target = mean(own if label >= 0 and len(own) >= minimum else list(reference))
+    by_class = label >= 0 and max(reference_labels) >= 0
+    if by_class and len(own) < minimum:
+        return math.nan
+    target = mean(own if by_class else list(reference))
     lengths = norm(g) * norm(target)
     return inner(g, target) / lengths if lengths else 0.0
 
@@ -270,13 +273,13 @@ def stability(losses):
 
 
 def rank_normalise(values):
-    if len(values) == 1:
-        return [0.5]
+    known = [value for value in values if not math.isnan(value)]
     ranks = []
     for value in values:
-        below = sum(other < value for other in values)
-        equal = sum(other == value for other in values)
-        ranks.append((below + (equal - 1) / 2) / (len(values) - 1))
+        below = sum(other < value for other in known)
+        equal = sum(other == value for other in known)
+        alone = len(known) == 1 or math.isnan(value)
+        ranks.append(0.5 if alone else (below + (equal - 1) / 2) / (len(known) - 1))
     return ranks
 
 

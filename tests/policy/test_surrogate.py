@@ -5,9 +5,16 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_dvc.policy.surrogate import FitError, propose
+from lightning_dvc.policy import surrogate
+from lightning_dvc.policy.surrogate import FitError
 
 BEST = torch.tensor([0.7, 0.3], dtype=torch.float64)
+
+
+def propose(weights, past, scores, progress, starts, seed, ago=None):
+    """What one run proposes where nothing else is said."""
+    ago = torch.zeros_like(past) if ago is None else ago
+    return surrogate.propose(weights, past, scores, ago, progress, starts, seed)
 
 
 def column(numbers):
@@ -83,3 +90,35 @@ def test_global_generators_are_untouched_and_do_not_matter():
         assert torch.equal(torch.get_rng_state(), before[0])
         assert (np.random.get_state()[1] == before[1]).all()  # noqa: NPY002 - the stream guarded
     assert torch.equal(*found)
+
+
+def test_a_rising_trend_does_not_pass_for_an_effect_of_the_weights():
+    """The weights get worse while the score rises: what ignores progress takes the latest."""
+    best = torch.tensor([0.6, 0.2, 0.2], dtype=torch.float64)
+    weights = mixes(24, d=3)
+    distance = ((weights - best) ** 2).sum(1, keepdim=True)
+    generator = torch.Generator().manual_seed(0)
+    shuffled = distance + 0.3 * torch.rand(24, 1, generator=generator)
+    weights, distance = (x[shuffled.flatten().argsort()] for x in (weights, distance))
+    past = column(torch.arange(24) / 24)
+    scores = 2 * past - distance
+    starts = mixes(64, d=3, seed=1)
+    found, deceived = (
+        propose(weights, seen, scores, 1.0, starts, seed=0)
+        for seen in (past, torch.ones_like(past))
+    )
+    assert ((found - best) ** 2).sum() < 0.02
+    assert ((deceived - best) ** 2).sum() > 0.1
+
+
+def test_the_level_of_an_earlier_run_does_not_matter():
+    weights, past = mixes(16), column([*range(8)] * 2) / 8
+    ago = column([1.0] * 8 + [0.0] * 8)
+    scores = past - ((weights - BEST) ** 2).sum(1, keepdim=True)
+    found = [
+        propose(weights, past, scores + offset * ago, 0.9, weights, 0, ago)
+        for offset in (0, 2, 512)
+    ]
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=0, atol=0.05)
+    assert found[0][0].item() == pytest.approx(BEST[0].item(), abs=0.1)

@@ -1,3 +1,4 @@
+import json
 import logging
 import math
 import random
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_dvc.errors import ConfigurationError, StateError
+from lightning_dvc.policy.surrogate import FitError
 from lightning_dvc.policy.weights import BayesianWeights, FixedWeights
 from lightning_dvc.records import METRICS
 
@@ -20,36 +22,52 @@ def distance(weights):
     return float(((weights - BEST) ** 2).sum())
 
 
+def regret(weights):
+    """How far the noise-free response is below the greatest one, at any progress."""
+    return 0.3 * distance(weights)
+
+
+def trend(progress):
+    """About 80 times the noise."""
+    return 0.4 * (1 - math.exp(-4 * progress))
+
+
 def response(weights, progress, generator):
     """A validation score: a quadratic in the weights under a much greater trend, and noise."""
     noise = 0.005 * torch.randn((), generator=generator).item()
-    return 0.5 + 0.4 * (1 - math.exp(-4 * progress)) - 0.3 * distance(weights) + noise
+    return 0.5 + trend(progress) - regret(weights) + noise
 
 
-def distances(seed, asks):
-    """Squared distance from the best weights of each ask."""
-    policy = BayesianWeights(seed=seed)
+def unlimited(seed=0, **settings):
+    """A policy whose answers do not depend on the clock."""
+    return BayesianWeights(seed=seed, max_share=None, **settings)
+
+
+def play(policy, asks, seed=0, of=30, score=response):
+    """The answers to the first asks of a training with ``of`` rounds."""
     generator = torch.Generator().manual_seed(seed)
-    asked = []
-    for i in range(asks):
-        weights = policy.ask(i / asks)
-        score = response(weights, i / asks, generator)
-        policy.tell(weights, i / asks, score)
-        asked.append(distance(weights))
-    return asked
+    answers = []
+    for progress in [i / of for i in range(asks)]:
+        answers.append(policy.ask(progress))
+        policy.tell(answers[-1], progress, score(answers[-1], progress, generator))
+    return answers
 
 
-def random_distances(seed, asks):
-    generator = np.random.default_rng(seed)
-    return [distance(torch.from_numpy(w)) for w in generator.dirichlet([1] * 6, size=asks)]
+def regrets(seed, asks):
+    return [regret(weights) for weights in play(unlimited(seed), asks, seed, of=asks)]
+
+
+def random_weights(seed, asks):
+    return torch.from_numpy(np.random.default_rng(seed).dirichlet([1] * 6, size=asks))
+
+
+def random_regrets(seed, asks):
+    return [regret(weights) for weights in random_weights(seed, asks)]
 
 
 def taught(n, seed=0, **settings):
-    policy = BayesianWeights(seed=seed, **settings)
-    generator = torch.Generator().manual_seed(seed)
-    for i in range(n):
-        weights = policy.ask(i / 100)
-        policy.tell(weights, i / 100, response(weights, i / 100, generator))
+    policy = unlimited(seed, **settings)
+    play(policy, n, seed, of=100)
     return policy
 
 
@@ -147,7 +165,7 @@ def without_model(n):
 
 @pytest.mark.parametrize("scores", [[0.5] * 8, [1e308, -1e308] * 4, [0.0, math.ulp(0)] * 4])
 def test_degenerate_scores_fall_back_to_a_draw(scores):
-    policy = BayesianWeights()
+    policy = unlimited()
     for score in scores:
         policy.tell(policy.ask(0.5), 0.5, score)
     assert torch.equal(policy.ask(0.5), without_model(len(scores) + 1))
@@ -178,7 +196,7 @@ def test_scores_that_are_not_finite_are_left_out():
 
 def test_ask_of_the_model_is_deterministic_and_needs_nothing_but_seed_count_and_observations():
     policy = taught(8)
-    other = BayesianWeights(seed=0)
+    other = unlimited()
     other.load_state_dict(policy.state_dict())
     torch.manual_seed(99)
     first = policy.ask(0.5)
@@ -192,7 +210,7 @@ def test_resumed_run_asks_what_the_uninterrupted_one_asks(tmp_path):
     policy = taught(7)
     torch.save(policy.state_dict(), tmp_path / "state.pt")
     saved = torch.load(tmp_path / "state.pt", weights_only=True)
-    resumed = BayesianWeights(seed=0)
+    resumed = unlimited()
     resumed.load_state_dict(saved)
     for progress in (0.3, 0.4):
         weights = policy.ask(progress)
@@ -228,34 +246,44 @@ def test_only_the_most_recent_observations_are_kept():
 
 
 def test_many_repetitions_of_one_point_do_not_break_the_model():
-    policy = BayesianWeights()
+    policy = unlimited()
     equal = torch.full((6,), 1 / 6)
     for i in range(20):
         policy.tell(equal, i / 20, 0.5 + 0.01 * i)
     assert_on_simplex(policy.ask(1.0))
 
 
+# Simple regret: of the best answer so far, by the noise-free response; the same for random search.
+
+
 def test_finds_planted_weights_under_a_rising_trend():
-    asks = 20
-    found = [distances(seed, asks) for seed in (0, 1)]
-    at_random = [random_distances(seed, asks) for seed in range(201)]
-    typical = statistics.median(min(run) for run in at_random)
-    assert all(min(run) < typical for run in found)
+    found = regrets(seed=0, asks=20)
+    at_random = [random_regrets(seed, 20) for seed in range(201)]
+    assert min(found) < statistics.median(map(min, at_random)) / 2
     # Asks are used for training, so the late ones must be good, not the luckiest one only.
-    assert statistics.mean(d for run in found for d in run[-5:]) < 0.6 * statistics.mean(
-        d for run in at_random for d in run
-    )
+    assert statistics.mean(found[-5:]) < 0.6 * statistics.mean(map(statistics.mean, at_random))
 
 
 @pytest.mark.slow
-def test_finds_planted_weights_on_many_seeds():
-    asks, seeds = 40, range(8)
-    found = [distances(seed, asks) for seed in seeds]
-    at_random = [random_distances(seed, asks) for seed in range(201)]
-    typical = statistics.median(min(run) for run in at_random)
-    assert statistics.median(min(run) for run in found) < typical
-    late = statistics.mean(d for run in found for d in run[-10:])
-    assert late < 0.3 * statistics.mean(d for run in at_random for d in run)
+def test_simple_regret_after_30_asks_is_a_third_of_random_search():
+    found = [regrets(seed, 30) for seed in range(20)]
+    at_random = [random_regrets(seed, 30) for seed in range(20)]
+    assert statistics.median(map(min, found)) <= statistics.median(map(min, at_random)) / 3
+    late = statistics.median(statistics.mean(run[-5:]) for run in found)
+    assert late < 0.4 * statistics.mean(map(statistics.mean, at_random))
+
+
+def test_a_trend_without_an_effect_of_weights_does_not_gather_the_asks():
+    def no_effect(weights, progress, generator):
+        return response(BEST, progress, generator)
+
+    late = torch.stack(play(unlimited(), 20, of=20, score=no_effect)[10:])
+    typical = statistics.mean(spread(random_weights(seed, 10)) for seed in range(20))
+    assert spread(late) > typical / 2
+
+
+def spread(weights):
+    return float(weights.var(0).sum())
 
 
 @pytest.mark.slow
@@ -268,7 +296,7 @@ def test_finds_planted_weights_on_many_seeds():
     )
 )
 def test_any_finite_scores_give_weights(told):
-    policy = BayesianWeights()
+    policy = unlimited()
     for progress, score in told:
         policy.tell(policy.ask(progress), progress, score)
     assert_on_simplex(policy.ask(0.5))
@@ -291,12 +319,230 @@ def test_weights_off_the_simplex_are_refused(weights):
         BayesianWeights().tell(weights, 0.5, 0.5)
 
 
-@pytest.mark.parametrize("bad", [{"seed": -1}, {"initial": 1}, {"max_observations": 5}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"seed": -1},
+        {"initial": 1},
+        {"max_observations": 5},
+        {"max_share": 0.0},
+        {"max_share": 1.1},
+        {"max_share": math.nan},
+    ],
+)
 def test_bad_settings_are_refused(bad):
     with pytest.raises(ConfigurationError, match=next(iter(bad))):
         BayesianWeights(**bad)
 
 
-def test_state_of_another_kind_is_refused():
-    with pytest.raises(StateError, match="8 numbers"):
-        BayesianWeights().load_state_dict({"asks": 1, "observations": [[0.5, 0.5]]})
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("observations", [[0.5, 0.5]], "8 numbers"),
+        ("observations", [[0.5] * 6 + [0.1, 0.7]], "simplex"),
+        ("earlier", [[[0.5, 0.5]]], "8 numbers"),
+    ],
+)
+def test_state_of_another_kind_is_refused(part, value, message):
+    with pytest.raises(StateError, match=message):
+        BayesianWeights().load_state_dict({**BayesianWeights().state_dict(), part: value})
+    with pytest.raises(StateError, match="clock"):
+        BayesianWeights().load_state_dict({"asks": 1, "observations": []})
+
+
+# -- the share of time
+
+
+class FakeTime:
+    """A clock that stands still, but for the model, which takes ``cost`` seconds."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.cost, self.fails, self.updates = 100.0, 2.0, False, 0
+        monkeypatch.setattr("lightning_dvc.policy.weights.time.perf_counter", lambda: self.now)
+        monkeypatch.setattr("lightning_dvc.policy.surrogate.propose", self.propose)
+
+    def propose(self, weights, *rest):
+        self.now += self.cost
+        if self.fails:
+            raise FitError("planted")
+        self.updates += 1
+        return random_weights(self.updates, 1)[0]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    return FakeTime(monkeypatch)
+
+
+def told(n, **settings):
+    policy = BayesianWeights(**settings)
+    for i in range(n):
+        policy.tell(random_weights(i, 1)[0], 0.0, float(i))
+    return policy
+
+
+def test_updates_are_made_less_often_where_they_would_take_more_than_their_share(clock):
+    policy = told(6, max_share=0.1)
+    first = policy.ask(0.0)  # its cost is not known before
+    clock.now = 139.9
+    assert torch.equal(policy.ask(0.1), first)
+    clock.now = 140.0  # (2 s spent + 2 s to come) / 40 s
+    assert not torch.equal(policy.ask(0.2), first)
+    assert policy.figures == {
+        "optimiser_seconds": 4.0,
+        "optimiser_left_out": 1.0,
+        "optimiser_observations": 6.0,
+    }
+
+
+def test_without_a_limit_no_update_is_left_out(clock):
+    policy = told(6, max_share=None)
+    for _ in range(5):
+        policy.ask(0.0)
+    assert clock.updates == 5
+    assert policy.figures["optimiser_left_out"] == 0
+
+
+def test_without_an_answer_to_repeat_it_is_a_draw(clock):
+    policy = told(6)
+    clock.fails = True
+    for number in range(3):
+        assert torch.equal(policy.ask(0.0), without_model(number + 1))
+    assert policy.figures["optimiser_left_out"] == 2
+
+
+def test_time_goes_on_after_a_resume_but_does_not_count_in_between(clock, tmp_path):
+    policy = told(6, max_share=0.1)
+    first = policy.ask(0.0)
+    clock.now = 130.0
+    torch.save(policy.state_dict(), tmp_path / "state.pt")
+    clock.now = 5.0  # another process
+    resumed = BayesianWeights(max_share=0.1)
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    clock.now = 14.9
+    assert torch.equal(resumed.ask(0.1), first)
+    clock.now = 15.0
+    assert not torch.equal(resumed.ask(0.1), first)
+    assert resumed.figures["optimiser_seconds"] == 4.0
+    assert resumed.figures["optimiser_left_out"] == 1.0
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.floats(0.01, 1),
+    st.lists(st.tuples(st.floats(0, 100), st.floats(0, 10), st.booleans()), max_size=20),
+)
+def test_the_share_is_exceeded_by_no_more_than_an_update_got_longer(share, steps):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        clock = FakeTime(monkeypatch)
+        policy, longest = told(6, max_share=share), 0.0
+        for wait, cost, resume in steps:
+            clock.now += wait
+            clock.cost = cost
+            policy.ask(0.0)
+            longest = max(longest, cost)
+            if resume:
+                state, policy = policy.state_dict(), BayesianWeights(max_share=share)
+                policy.load_state_dict(state)
+            elapsed = clock.now - 100.0 - steps[0][0]
+            assert policy.figures["optimiser_seconds"] <= share * elapsed + longest + 1e-6
+
+
+# -- observations of earlier runs
+
+
+def level(offset, best=BEST):
+    def score(weights, progress, generator):
+        noise = 0.005 * torch.randn((), generator=generator).item()
+        return offset + 0.8 * trend(progress) - 0.3 * float(((weights - best) ** 2).sum()) + noise
+
+    return score
+
+
+def saved(path, offset=0.0):
+    """A file of one run of 24 observations, at weights drawn at random."""
+    policy, generator = BayesianWeights(), torch.Generator().manual_seed(5)
+    for i, weights in enumerate(random_weights(3, 24)):
+        policy.tell(weights, i / 24, level(offset)(weights, i / 24, generator))
+    policy.save(path)
+    return path
+
+
+def test_a_file_tells_what_its_numbers_are(tmp_path):
+    content = json.loads(saved(tmp_path / "run.json").read_text())
+    assert content["columns"] == [*METRICS, "progress", "score"]
+    assert [len(run) for run in content["runs"]] == [24]
+    # One observation a line.
+    assert len((tmp_path / "run.json").read_text().splitlines()) > 24
+
+
+def test_a_warm_start_is_better_from_the_first_ask_on_whatever_the_level(tmp_path):
+    warm = unlimited(warm_start=saved(tmp_path / "run.json"))
+    found = play(warm, 4)
+    cold = play(unlimited(), 4)
+    assert statistics.mean(map(regret, found)) < 0.4 * statistics.mean(map(regret, cold))
+    elsewhere = unlimited(warm_start=saved(tmp_path / "other.json", offset=10.0))
+    for mine, theirs in zip(play(elsewhere, 2), found, strict=False):
+        assert regret(mine) == pytest.approx(regret(theirs), abs=0.01)
+
+
+def test_a_chain_of_runs_keeps_them_apart(tmp_path):
+    first, second = saved(tmp_path / "1.json"), tmp_path / "2.json"
+    policy = BayesianWeights(warm_start=first)
+    for i in range(3):
+        policy.tell(BEST, i / 3, 0.5)
+    policy.save(second)
+    runs = json.loads(second.read_text())["runs"]
+    assert [len(run) for run in runs] == [24, 3]
+    assert runs[0] == json.loads(first.read_text())["runs"][0]
+    third = BayesianWeights(warm_start=second)
+    assert [len(run) for run in third.state_dict()["earlier"]] == [24, 3]
+    assert third.state_dict()["observations"] == []
+    third.save(second)
+    assert json.loads(second.read_text())["runs"] == runs
+
+
+def test_observations_of_the_oldest_run_are_dropped_first(tmp_path):
+    policy = told(3)
+    policy.save(tmp_path / "1.json")
+    policy = BayesianWeights(warm_start=tmp_path / "1.json")
+    policy.tell(BEST, 0.0, 10.0)
+    policy.save(tmp_path / "2.json")
+
+    def scores(policy):
+        state = policy.state_dict()
+        return [[row[-1] for row in run] for run in [*state["earlier"], state["observations"]]]
+
+    policy = BayesianWeights(warm_start=tmp_path / "2.json", initial=2, max_observations=3)
+    assert scores(policy) == [[1, 2], [10], []]
+    policy.tell(BEST, 0.0, 20.0)
+    assert scores(policy) == [[2], [10], [20]]
+    for score in (21.0, 22.0, 23.0):
+        policy.tell(BEST, 0.0, score)
+    assert scores(policy) == [[21, 22, 23]]
+
+
+def test_a_resumed_run_asks_the_same_after_a_warm_start(tmp_path):
+    policy = unlimited(warm_start=saved(tmp_path / "run.json"))
+    play(policy, 2)
+    torch.save(policy.state_dict(), tmp_path / "state.pt")
+    resumed = unlimited()
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert torch.equal(resumed.ask(0.4), policy.ask(0.4))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("quality, relevance", "not JSON"),
+        ("[]", "has None"),
+        ('{"columns": ["quality", "score"], "runs": []}', "stability"),
+        ('{"columns": COLUMNS, "runs": [[[0.5, 0.5]]]}', "8 numbers"),
+        ('{"columns": COLUMNS, "runs": [[[1, 0, 0, 0, 0, 0, 0.5, NaN]]]}', "finite"),
+    ],
+)
+def test_files_of_another_kind_are_refused(tmp_path, text, message):
+    path = tmp_path / "run.json"
+    path.write_text(text.replace("COLUMNS", json.dumps([*METRICS, "progress", "score"])))
+    with pytest.raises(StateError, match=message):
+        BayesianWeights(warm_start=path)
