@@ -1,6 +1,6 @@
 """The existing project of ``examples/existing_before.py``, selecting its training data.
 
-Run ``python -m examples.existing_after``. Three lines of ``main`` are new; the datamodule and the
+Run ``python -m examples.existing_after``. Two lines of ``main`` are new; the datamodule and the
 module are imported as they were.
 """
 
@@ -14,9 +14,7 @@ from lightning_dvc import DVCCallback, DVCDataModule
 def main() -> None:
     """Train on half of the data, selected, and test."""
     seed_everything(0, verbose=False)
-    hospitals = Hospitals()
-    hospitals.setup("fit")  # new: tells which hospital each sample came from
-    datamodule = DVCDataModule.wrap(hospitals, sources=hospitals.hospital, budget=0.5)  # new
+    datamodule = DVCDataModule.wrap(Hospitals(), sources="hospital", budget=0.5)  # new
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=40,

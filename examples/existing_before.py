@@ -16,6 +16,14 @@ N_TEST, N_VAL = 150, 100
 HOSPITALS = ("north", "south", "archive")
 
 
+class Records(TensorDataset):
+    """Measurements and diagnoses, and which hospital each came from."""
+
+    def __init__(self, x: Tensor, y: Tensor, hospital: list[str]) -> None:
+        super().__init__(x, y)
+        self.hospital = hospital
+
+
 class Hospitals(LightningDataModule):
     """Breast cancer data of three hospitals; the archive got most of its diagnoses wrong."""
 
@@ -29,9 +37,8 @@ class Hospitals(LightningDataModule):
         self.test = TensorDataset(x[:N_TEST], y[:N_TEST])
         self.val = TensorDataset(x[N_TEST:][:N_VAL], y[N_TEST:][:N_VAL])
         x, y = x[N_TEST + N_VAL :], y[N_TEST + N_VAL :]
-        # Which hospital each training sample came from.
-        self.hospital = [HOSPITALS[i % 3] for i in range(len(y))]
-        self.train = TensorDataset(x, self._as_recorded(y))
+        hospital = [HOSPITALS[i % 3] for i in range(len(y))]
+        self.train = Records(x, self._as_recorded(y), hospital)
 
     def _as_recorded(self, y: Tensor) -> Tensor:
         archived = torch.arange(len(y)) % 3 == 2

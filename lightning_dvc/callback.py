@@ -3,6 +3,8 @@
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, Final, Literal
 
@@ -12,14 +14,17 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from typing_extensions import override
 
-from lightning_dvc import trainer_bridge
+from lightning_dvc import bars, trainer_bridge
 from lightning_dvc.capture.guard import undisturbed
 from lightning_dvc.capture.objective import UserObjective, resolve_objective
 from lightning_dvc.capture.probe import Probe
+from lightning_dvc.capture.sharding import unsharded
 from lightning_dvc.capture.trial import Trial, try_out
 from lightning_dvc.datamodule import DVCDataModule
 from lightning_dvc.distributed import Group
-from lightning_dvc.errors import ConfigurationError, check_settings
+from lightning_dvc.errors import ConfigurationError, StateError, check_settings
+from lightning_dvc.policy.plan import Plan, plan_rounds
+from lightning_dvc.randomness import torch_stream
 from lightning_dvc.records import METRICS, BadSample, Choice
 from lightning_dvc.strategies.base import Round, Strategy
 from lightning_dvc.strategies.dvc import DVC
@@ -27,8 +32,8 @@ from lightning_dvc.timing import Stopwatch
 
 _TRIAL_SIZE: Final = 32
 _LARGEST_BATCH: Final = 512
-# The rest of the run trains on what is then a full selection.
-_SELECTING_SHARE: Final = 2 / 3
+# Attribute of a strategy: the datamodule whose samples it remembers.
+_SERVES: Final = "_serves"
 
 
 class DVCCallback(Callback):
@@ -43,8 +48,9 @@ class DVCCallback(Callback):
             module. Needed by strategies that learn from it only.
         mode: Whether a greater (``"max"``) or a smaller (``"min"``) value is better.
         every_n_epochs: Epochs from one round to the next, at least 1. When not given, as many that
-            the rounds end within two thirds of ``max_epochs``; 1 in a run of fewer epochs, or
-            one without ``max_epochs``.
+            the rounds end within two thirds of the run, as ``max_epochs`` or ``max_steps`` ends it;
+            1 in a run of fewer epochs, or one that neither of them ends. ``max_time`` does not
+            count.
         max_overhead: Share of the run's wall time that selection may take, in ``(0, 1]``. While it
             has taken more, a round that is due is left out, and those that follow add more; the
             first and the last always take place. The log says how many were left out. Which ones
@@ -133,12 +139,13 @@ class DVCCallback(Callback):
         self.rounds_done = 0
         self.rounds_left_out = 0
         self._last_epoch = -1
-        self._n_rounds = 0
-        self._period = 1
+        self._plan: Plan | None = None
+        self._n_rounds = 0  # of the plan, without those that were left out
         self._owner: DVCDataModule | None = None
         self._stage: str | None = None
         self._probe: Probe | None = None
         self._layers_before: list[str] | None = None  # captured in the run that was resumed
+        self._short_epochs = ExitStack()
         self._started = 0.0
         self._seconds_before = 0.0  # of training, in the run that was resumed
         self._warned = False
@@ -154,14 +161,19 @@ class DVCCallback(Callback):
                 "overfit_batches replaces the sampler that selection needs; leave it at 0, or "
                 "leave DVCCallback out"
             )
+        if (reason := trainer_bridge.unfit_processes(trainer)) is not None:
+            raise ConfigurationError(reason)
         datamodule = self._datamodule(trainer)
-        if self._owner not in (None, datamodule):
+        served = getattr(self.strategy, _SERVES, datamodule)
+        if self._owner not in (None, datamodule) or served is not datamodule:
             raise ConfigurationError(
-                "this DVCCallback has selected for another DVCDataModule, whose samples it "
-                "remembers; make a new callback, with a new strategy, for each datamodule"
+                "this DVCCallback, or its strategy, has selected for another DVCDataModule, whose "
+                "samples it remembers; make a new callback, with a new strategy, for each "
+                "datamodule"
             )
-        datamodule.attach()
         self._owner = datamodule
+        setattr(self.strategy, _SERVES, datamodule)
+        self._follow(self._new_plan(trainer, datamodule))
         # A second fit counts its epochs anew; a resumed one overwrites this with what was saved.
         self._last_epoch = -1
 
@@ -189,19 +201,24 @@ class DVCCallback(Callback):
             num_workers=datamodule.loading.num_workers,
             on_bad_sample=self.on_bad_sample,
         )
-        if not self._n_rounds:
-            self._plan(trainer, datamodule)
+        if self.rounds_done == 0:  # anew, since a tuner may have changed the batch size
+            self._follow(self._new_plan(trainer, datamodule))
+        # Until Lightning has set up its loader.
+        n_batches = self._n_batches(datamodule)
+        self._short_epochs.enter_context(trainer_bridge.short_epochs(trainer, n_batches))
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Try the look at the model on a few samples, so that what fails, fails early."""
         self._started = time.perf_counter()
+        self._short_epochs.close()
+        trainer_bridge.validate_where_saved(trainer)
         datamodule = self._datamodule(trainer)
         probe = self._ready_probe
         # Of all sources, whose samples are neighbours in the warm-up.
         ids = datamodule.selected_ids
         ids = ids[:: -(-len(ids) // _TRIAL_SIZE)]
-        with undisturbed(pl_module):
+        with self._group(trainer).agreeing(), unsharded(pl_module), undisturbed(pl_module):
             trial = try_out(probe, datamodule.pools.dataset, ids)
         self._leave_out_mixed(probe, trial)
         layers = list(probe.captured_layers)
@@ -239,7 +256,7 @@ class DVCCallback(Callback):
         if not self._is_due(datamodule, epoch):
             return
         probe = self._ready_probe
-        group = Group(trainer.global_rank, trainer.world_size)
+        group = self._group(trainer)
         if self._is_too_dear(group):
             self._leave_out(trainer, epoch)
             return
@@ -257,12 +274,18 @@ class DVCCallback(Callback):
             group=group,
             watch=self.watch,
         )
-        with undisturbed(pl_module):
-            choice = self.strategy.choose(this)
-        bad = self._take_bad(group)
-        with self.watch.section("apply"):
-            datamodule.apply(choice, number, bad)
-            trainer_bridge.renew_train_batches(trainer)
+        of_all = f"/{self._n_rounds}" if number <= self._n_rounds else ""
+        with bars.telling(trainer, f"Selecting (round {number}{of_all})"):
+            # Randomly augmented samples then look the same in a resumed run.
+            seed = torch_stream(datamodule.seed, "augmentation", number).initial_seed()
+            with group.agreeing(), unsharded(pl_module), undisturbed(pl_module, seed):
+                choice = self.strategy.choose(this)
+            bad = self._take_bad(group)
+            with self.watch.section("apply"):
+                datamodule.apply(choice, number, bad)
+                # Before the first round, the loader stood in for one of the full selection.
+                if number == 1 or bad or len(choice.add) or len(choice.remove):
+                    trainer_bridge.renew_train_batches(trainer, self._n_batches(datamodule))
         self.rounds_done, self._last_epoch = number, epoch
         self._warn_of(datamodule, bad)
         self._log(trainer, datamodule, choice)
@@ -293,6 +316,7 @@ class DVCCallback(Callback):
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so if the run was too short to spend the budget."""
+        self._short_epochs.close()  # where nothing was trained
         self._seconds_before, self._started = self._training_seconds, 0.0
         datamodule = self._datamodule(trainer)
         n_selected = len(datamodule.selected_ids)
@@ -304,13 +328,23 @@ class DVCCallback(Callback):
             )
 
     @override
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Leave the trainer's settings as they were."""
+        self._short_epochs.close()
+
+    @override
     def state_dict(self) -> dict[str, Any]:
         """What was learnt, and which round is over, as tensors and plain containers."""
         return {
             "strategy": self.strategy.state_dict(),
+            "strategy_name": type(self.strategy).__name__,
+            "datamodule_name": type(self._owner).__name__,
+            "selected": len(self._owner.selected_ids) if self._owner else 0,
             "rounds_done": self.rounds_done,
             "n_rounds": self._n_rounds,
-            "period": self._period,
+            "plan": self._plan and asdict(self._plan),
             "last_epoch": self._last_epoch,
             "rounds_left_out": self.rounds_left_out,
             "layers": list(self._probe.captured_layers) if self._probe else None,
@@ -323,20 +357,41 @@ class DVCCallback(Callback):
         """Go on after the last round of a saved run; to validate or test changes nothing."""
         if self._stage not in (None, "fit"):
             return
+        self._check_state(state_dict)
         self.strategy.load_state_dict(state_dict["strategy"])
         self.rounds_done = state_dict["rounds_done"]
+        if state_dict["plan"]:
+            self._follow(Plan(**state_dict["plan"]))
         self._n_rounds = state_dict["n_rounds"]
-        self._period = state_dict["period"]
         self._last_epoch = state_dict["last_epoch"]
         self.rounds_left_out = state_dict["rounds_left_out"]
         self._layers_before = state_dict["layers"] or None
         self.watch.seconds = dict(state_dict["seconds"])
         self._seconds_before = state_dict["training_seconds"]
 
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        saved, present = state["strategy_name"], type(self.strategy).__name__
+        if saved != present:
+            raise StateError(
+                f"expected a checkpoint of the strategy {present}, but it was made with {saved}; "
+                f"pass DVCCallback({saved}(...)), or start selection anew"
+            )
+        n_selected = len(self._owner.selected_ids) if self._owner else state["selected"]
+        if n_selected != state["selected"]:
+            raise StateError(
+                f"expected {state['selected']} selected samples, as in the checkpoint of a "
+                f"{state['datamodule_name']}, but the {type(self._owner).__name__} of this run has "
+                f"{n_selected}. Lightning restores a datamodule by the name of its class: resume "
+                "with the class that it was saved with, or start selection anew"
+            )
+
     @property
     def _ready_probe(self) -> Probe:
         assert self._probe is not None, "made in on_fit_start"
         return self._probe
+
+    def _group(self, trainer: Trainer) -> Group:
+        return Group(trainer.global_rank, trainer.world_size, self._ready_probe.device)
 
     def _datamodule(self, trainer: Trainer) -> DVCDataModule:
         datamodule = trainer_bridge.datamodule_of(trainer)
@@ -348,20 +403,40 @@ class DVCCallback(Callback):
             )
         return datamodule
 
-    def _plan(self, trainer: Trainer, datamodule: DVCDataModule) -> None:
-        """Spread the rounds over the epochs; a run of few epochs has fewer rounds."""
-        epochs, rounds = trainer.max_epochs, datamodule.rounds
-        if epochs is None or epochs < 0 or trainer_bridge.is_trial_run(trainer):
-            self._n_rounds, self._period = rounds, self.every_n_epochs or 1
-        else:
-            spread = max(1, int(_SELECTING_SHARE * epochs) // rounds)
-            self._period = self.every_n_epochs or spread
-            self._n_rounds = min(rounds, math.ceil(epochs / self._period))
+    def _new_plan(self, trainer: Trainer, datamodule: DVCDataModule) -> Plan:
+        """When this fit is to have its rounds; one after another goes on with the same."""
+        n_selected = len(datamodule.selected_ids)
+        if self._plan is not None and self.rounds_done:
+            # A round that only refines fills up what an earlier one has left short.
+            done = min(self.rounds_done, self._n_rounds - self.strategy.refines)
+            return Plan(n_selected, self._n_rounds, self._plan.period, done)
+        run = trainer_bridge.run_of(trainer, datamodule.loading)
+        if trainer_bridge.is_trial_run(trainer):
+            run = replace(run, max_epochs=None, max_steps=None)
+        return plan_rounds(
+            datamodule.rounds, self.every_n_epochs, n_selected, datamodule.budget, run
+        )
+
+    def _follow(self, plan: Plan) -> None:
+        self._plan, self._n_rounds = plan, plan.n_rounds
+        if self._owner is not None:
+            self._owner.attach(plan, grows_first=self.rounds_done == 0)
+
+    def _n_batches(self, datamodule: DVCDataModule) -> int:
+        n_batches = len(datamodule.train_dataloader())
+        if n_batches == 0:  # Lightning would end the run as finished
+            raise ConfigurationError(
+                f"drop_last leaves no batch of {datamodule.batch_size} of the "
+                f"{len(datamodule.selected_ids)} samples that are selected; lower the batch size, "
+                "or raise the budget or warmup"
+            )
+        return n_batches
 
     def _is_due(self, datamodule: DVCDataModule, epoch: int) -> bool:
+        assert self._plan is not None, "made in setup"
         planned = self.rounds_done < self._n_rounds
         wanted = planned and len(datamodule.selected_ids) < datamodule.budget
-        is_time = epoch != self._last_epoch and epoch % self._period == 0
+        is_time = epoch != self._last_epoch and epoch % self._plan.period == 0
         return is_time and not datamodule.is_adopted and (wanted or self.strategy.refines)
 
     @property

@@ -2,28 +2,32 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 from typing_extensions import override
 
-from lightning_dvc.errors import ConfigurationError, check_settings
+from lightning_dvc import trainer_bridge
+from lightning_dvc.errors import ConfigurationError, StateError, check_settings
 from lightning_dvc.loaders import LoaderSettings
 from lightning_dvc.policy.budget import resolve_budget, warm_up_counts
+from lightning_dvc.policy.plan import Plan, planned_steps
 from lightning_dvc.pools import SELECTED, SET_ASIDE, TAKEN_BACK, AnyDataset, Pools, Source
-from lightning_dvc.randomness import torch_stream
 from lightning_dvc.records import BadSample, Choice
 from lightning_dvc.sampler import SelectionSampler
 from lightning_dvc.selection import Selection, SelectionRecord
 from lightning_dvc.splitting import Groups
-from lightning_dvc.trainer_bridge import training_epoch
 
 Sources = Mapping[str, Source | AnyDataset]
+# First of all a function, so that LightningCLI does not take the path of one for a column.
+SourcesInside = Callable[[Any], Any] | Sources | Groups | None
+"""How the sources of a wrapped datamodule are told; a function returns one of the others."""
 
 
 class DVCDataModule(LightningDataModule):
@@ -94,7 +98,7 @@ class DVCDataModule(LightningDataModule):
             if dataset is not None:
                 # Set on the object, because Lightning takes a method of the class as a sign that
                 # there is such a loader.
-                setattr(self, f"{name}_dataloader", partial(self.loading.loader, dataset))
+                setattr(self, f"{name}_dataloader", partial(self._loader_of, dataset))
 
     def _start(
         self, budget: int | float, seed: int, warmup: float, rounds: int, oversample: float
@@ -116,8 +120,9 @@ class DVCDataModule(LightningDataModule):
         self._pools: Pools | None = None
         self._sampler: SelectionSampler | None = None
         self._train_loader: DataLoader[Any] | None = None
-        self._generator = torch.Generator()
-        self._selects = False
+        self._batch_size: int | None = None  # that was set since
+        self._plan: Plan | None = None
+        self._grows_first = False
         self._adopted = False
         self._stage: str | None = None
         self._saved: Mapping[str, Any] | None = None
@@ -234,9 +239,10 @@ class DVCDataModule(LightningDataModule):
     @staticmethod
     def wrap(
         datamodule: LightningDataModule,
-        sources: Sources | Groups | None = None,
+        sources: SourcesInside = None,
         *,
-        budget: int | float,
+        budget: int | float | None = None,
+        selection: Selection | str | Path | None = None,
         reference: AnyDataset | None = None,
         seed: int = 0,
         warmup: float = 0.03,
@@ -245,24 +251,41 @@ class DVCDataModule(LightningDataModule):
     ) -> "DVCDataModule":
         """Select from the training data of an existing datamodule.
 
-        Its collate function, transforms, workers, transfer hooks and its validation, test and
-        predict loaders stay as they are.
+        Its collate function, transforms, workers, transfer hooks, state, hyperparameters and its
+        validation, test and predict loaders stay as they are, and its attributes can be read from
+        the result. It is set up as often as Lightning would; each time its training set must be
+        the same, so give a random split in its ``setup`` a generator of its own.
 
         Args:
             datamodule: The project's own, with one training loader over a map-style dataset.
-            sources: Separate datasets by name; or, to tell its training dataset apart, one name per
-                sample, or indices by name, see :func:`lightning_dvc.split_by`. When not given, the
-                training dataset is a single source.
+            sources: Separate datasets by name; or, to tell its training dataset apart, a column of
+                it, one name per sample, or indices by name, see :func:`lightning_dvc.split_by`; or
+                a function that makes any of these out of the training dataset, once the datamodule
+                is set up. When not given, the training dataset is a single source.
             budget: As for the class.
-            reference: Held-out samples to compare candidates with. The dataset of its validation
-                loader, when not given and if that is map-style.
+            selection: In place of a budget, a :attr:`selection` that was made from the same
+                sources, or a file of one, to train on it again: no callback is needed.
+            reference: Held-out samples to compare candidates with. When not given, those of its
+                validation loader; of all its validation loaders, if their samples are like those
+                of the training set; without these, the selection itself.
             seed: As for the class.
             warmup: As for the class.
             rounds: As for the class.
             oversample: As for the class.
 
         Returns:
-            A datamodule to use in its place.
+            A datamodule to use in its place; ``wrapped`` is the project's own.
+
+        Raises:
+            ConfigurationError: If there is not either a budget or a selection, or an argument
+                cannot work; in ``setup``, if the training loader or the sources cannot.
+
+        Example:
+            >>> from lightning.pytorch.demos.boring_classes import BoringDataModule
+            >>> dm = DVCDataModule.wrap(BoringDataModule(), {"early": range(9)}, budget=3)
+            >>> dm.setup("fit")
+            >>> dm.pools.names, dm.pools.sizes
+            (['early'], [9])
         """
         from lightning_dvc.wrapping import WrappingDataModule  # builds on this module
 
@@ -270,6 +293,7 @@ class DVCDataModule(LightningDataModule):
             datamodule,
             sources,
             budget=budget,
+            selection=selection,
             reference=reference,
             seed=seed,
             warmup=warmup,
@@ -307,6 +331,68 @@ class DVCDataModule(LightningDataModule):
         )
 
     @property
+    def batch_size(self) -> int:
+        """Samples in a batch; Lightning's batch-size finder sets it, for loaders made from then on.
+
+        Of a wrapped datamodule, those of the training loader, known after ``setup("fit")``.
+
+        Raises:
+            ConfigurationError: If set to less than 1.
+        """
+        return self.loading.batch_size
+
+    @batch_size.setter
+    def batch_size(self, size: int) -> None:
+        self._batch_size = size
+        self.loading = replace(self.loading, batch_size=size)
+        self._train_loader = None
+
+    def planned_steps(self, trainer: Trainer) -> int:
+        """Optimiser steps of the whole run, with a selection that grows as planned.
+
+        Meant for ``configure_optimizers``, as the ``total_steps`` of a learning-rate schedule. It
+        counts the batches of every epoch as ``drop_last``, ``accumulate_grad_batches``,
+        ``limit_train_batches`` and the number of processes make them, up to ``max_epochs`` or
+        ``max_steps``. It is exact if every round adds all that it is to add. A round that adds
+        less, is left out or takes samples back makes the run shorter than this, never longer, and
+        so does whatever stops training early. A resumed run gets the same number. It goes by the
+        batch size of the moment, so let ``Tuner.scale_batch_size`` find one before the fit. With
+        manual optimisation, a batch counts as one step.
+
+        Args:
+            trainer: The one that fits, ``self.trainer`` of a LightningModule.
+
+        Raises:
+            ConfigurationError: If ``Trainer.fit`` has not begun, or no limit of epochs or steps is
+                set.
+
+        Example:
+            In a LightningModule,
+            ``OneCycleLR(optimizer, 0.1, self.trainer.datamodule.planned_steps(self.trainer))``; for
+            a selection that stays as it is:
+
+            >>> from torch.utils.data import TensorDataset
+            >>> sources = {"one": TensorDataset(torch.randn(9, 4))}
+            >>> dm = DVCDataModule(sources, budget=5, warmup=1.0)
+            >>> dm.setup("fit")
+            >>> again = DVCDataModule.from_selection(dm.selection, sources, batch_size=2)
+            >>> again.planned_steps(Trainer(max_epochs=3, accelerator="cpu", logger=False))
+            9
+        """
+        plan = Plan(len(self.selected_ids), 0, 1) if self._adopted else self._plan
+        if plan is None:
+            raise ConfigurationError(
+                "the number of steps is known once Trainer.fit has set up DVCCallback; call "
+                "planned_steps in configure_optimizers, and add DVCCallback() to the callbacks"
+            )
+        steps = planned_steps(plan, self.budget, trainer_bridge.run_of(trainer, self.loading))
+        if steps is None:
+            raise ConfigurationError(
+                "a run without max_epochs and max_steps has no planned number of steps; set one"
+            )
+        return steps
+
+    @property
     def is_adopted(self) -> bool:
         """Whether the selection was loaded, to be trained on as it is."""
         return self._adopted
@@ -327,6 +413,8 @@ class DVCDataModule(LightningDataModule):
         self._stage = stage
         if stage != "fit":
             return
+        if self._batch_size is not None:  # a wrapped datamodule tells its own in each fit
+            self.batch_size = self._batch_size
         if self._saved is not None:
             self.load_state_dict(self._saved)
         if not len(self._record):
@@ -357,27 +445,47 @@ class DVCDataModule(LightningDataModule):
         """
         sampler = self._current_sampler
         if self.trainer is not None:
-            if self.trainer.training and not (self._selects or self._adopted):
+            if self.trainer.training and not (self._plan or self._adopted):
                 raise ConfigurationError(
                     "a DVCDataModule selects nothing by itself; add DVCCallback() to the "
                     "callbacks of the Trainer, or train on a saved selection with "
                     "DVCDataModule.from_selection"
                 )
-            sampler.place(self.trainer.global_rank, self.trainer.world_size)
-            # The loader is iterated before Lightning tells the sampler which epoch it is.
-            sampler.set_epoch(training_epoch(self.trainer))
-        # Of its own, so that iterating draws nothing from the global generator, and set anew, so
-        # that workers get the seeds of the uninterrupted run after a resume.
-        self._generator.manual_seed(torch_stream(self.seed, "loader", sampler.epoch).initial_seed())
+            trainer_bridge.finish_epoch(self.trainer)
+            sampler.place(self.trainer.global_rank, self.trainer.world_size, self._where)
+            sampler.select(self._served_ids)
         if self._train_loader is None:
-            self._train_loader = self.loading.loader(
-                self.pools.dataset, sampler, generator=self._generator
-            )
+            self._train_loader = self.loading.training_loader(self.pools.dataset, sampler)
         return self._train_loader
 
-    def attach(self) -> None:
-        """Tell that a callback does the selecting."""
-        self._selects = True
+    def _where(self) -> tuple[int, int]:
+        """The epoch that is trained, and the samples of it that a resumed run has trained on."""
+        done = trainer_bridge.batches_done(self.trainer)
+        return trainer_bridge.training_epoch(self.trainer), done * self.loading.batch_size
+
+    def _loader_of(self, dataset: AnyDataset) -> DataLoader[Any]:
+        return self.loading.loader(dataset)
+
+    @property
+    def _served_ids(self) -> Tensor:
+        """What is selected; until the first round, repeated to the length of the full selection.
+
+        No epoch begins before that round, but Lightning looks at the loader, and compares it with
+        ``limit_train_batches`` and ``val_check_interval``; and its tuners train on it.
+        """
+        ids = self.selected_ids
+        if not self._grows_first or self._adopted:
+            return ids
+        return ids.repeat(-(-self.budget // len(ids)))[: self.budget]
+
+    def attach(self, plan: Plan, grows_first: bool) -> None:
+        """Tell that a callback does the selecting.
+
+        Args:
+            plan: When it does.
+            grows_first: Whether its first round is still to come, before any training.
+        """
+        self._plan, self._grows_first = plan, grows_first
 
     def apply(self, choice: Choice, number: int, bad: Iterable[BadSample] = ()) -> None:
         """Make a round's decision true.
@@ -388,6 +496,7 @@ class DVCDataModule(LightningDataModule):
             bad: Samples that could not be scored, selected or not: they leave for good.
         """
         pools, record = self.pools, self._record
+        self._grows_first = self._grows_first and number == 0
         bad = list(bad)
         pools.mark(choice.remove, TAKEN_BACK)
         pools.mark(choice.add, SELECTED)
@@ -422,18 +531,27 @@ class DVCDataModule(LightningDataModule):
         samples that it was first a fraction of.
 
         Raises:
-            StateError: If it was made from other sources, or these are not the first ones.
+            StateError: If it was made from other sources, or these are not the first ones, or if it
+                does not fit within the budget.
         """
         if self._stage not in (None, "fit"):
             return
         self._saved = state_dict
         if self._pools is not None and state_dict:
+            budget, budget_of = self.budget, state_dict["budget_of"]
+            if isinstance(self._given_budget, float):
+                budget = resolve_budget(self._given_budget, budget_of)
+            n_selected = len(state_dict["record"]["ids"])
+            if n_selected > budget:
+                raise StateError(
+                    f"expected a checkpoint with at most {budget} selected samples, the budget, "
+                    f"but it has {n_selected}; give a budget of at least {n_selected}, or start "
+                    "selection anew"
+                )
             self._pools.load_state_dict(state_dict["pools"])
             self._record.load_state_dict(state_dict["record"])
             self._current_sampler.select(self._record.ids)
-            self._budget_of = state_dict["budget_of"]
-            if isinstance(self._given_budget, float):
-                self.budget = resolve_budget(self._given_budget, self._budget_of)
+            self.budget, self._budget_of = budget, budget_of
             self._saved = None
 
 

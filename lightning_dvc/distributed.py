@@ -2,14 +2,26 @@
 
 Every rank draws the same candidates, because draws depend only on the seed, scores its own shard
 of them, and gathers the rows; each then decides by itself from the same numbers.
+
+Before every exchange each process tells the others how many rows it has, or that it has failed:
+then none waits for it in vain.
 """
 
-from typing import TypeVar
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final, TypeVar
 
 import torch
 from torch import Tensor
 
+from lightning_dvc.errors import DVCError
+
 _T = TypeVar("_T")
+_FAILED: Final = -1
+
+
+class ProcessError(DVCError, RuntimeError):
+    """Another process failed while all worked on one round."""
 
 
 class Group:
@@ -18,6 +30,7 @@ class Group:
     Args:
         rank: This process.
         world_size: Number of processes.
+        device: Where collectives of no tensor run; the CPU when not given.
 
     Example:
         >>> Group().shard(torch.arange(3)).tolist()
@@ -26,9 +39,12 @@ class Group:
         [2, 3, 4]
     """
 
-    def __init__(self, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self, rank: int = 0, world_size: int = 1, device: torch.device | None = None
+    ) -> None:
         self.rank = rank
         self.world_size = world_size
+        self.device = device or torch.device("cpu")
 
     def shard(self, ids: Tensor, batch_size: int = 1) -> Tensor:
         """This rank's contiguous part of ``(n,)`` ids.
@@ -49,11 +65,14 @@ class Group:
 
         Returns:
             ``(sum of n_r, ...)`` on the rows' device, the same on every rank.
+
+        Raises:
+            ProcessError: If another process has failed; so do all methods that exchange something.
         """
         if self.world_size == 1:
             return rows
         sent = rows.to(device or rows.device).contiguous()
-        counts = self._counts(len(rows), sent.device)
+        counts = self._announce(len(rows), sent.device)
         padded = sent.new_zeros((max(counts), *sent.shape[1:]))
         padded[: len(sent)] = sent
         received = [torch.empty_like(padded) for _ in range(self.world_size)]
@@ -65,32 +84,75 @@ class Group:
         """Add a tensor of the same shape on every rank up."""
         if self.world_size == 1:
             return value
+        self._announce(0, value.device)
         total = value.clone()
         torch.distributed.all_reduce(total)
         return total
 
-    def first(self, value: Tensor, device: torch.device | None = None) -> Tensor:
-        """The first rank's tensor, on every rank.
+    def first(self, rows: Tensor, device: torch.device | None = None) -> Tensor:
+        """The first rank's rows, on every rank.
 
         Args:
-            value: Of the same shape and type on every rank.
-            device: Where collectives run; the tensor's own device when not given.
+            rows: ``(n_r, ...)``; ``n_r`` may differ between ranks, the rest may not.
+            device: Where collectives run; the rows' own device when not given.
         """
         if self.world_size == 1:
-            return value
-        sent = value.to(device or value.device).contiguous().clone()
-        torch.distributed.broadcast(sent, src=0)
-        return sent.to(value.device)
+            return rows
+        sent = rows.to(device or rows.device)
+        n = self._announce(len(rows), sent.device)[0]
+        received = (
+            sent.contiguous().clone() if self.rank == 0 else sent.new_empty(n, *sent.shape[1:])
+        )
+        torch.distributed.broadcast(received, src=0)
+        return received.to(rows.device)
 
     def gather_objects(self, items: list[_T]) -> list[_T]:
         """Concatenate every rank's short list of plain objects in rank order."""
         if self.world_size == 1:
             return items
-        received: list[list[_T]] = [[] for _ in range(self.world_size)]
-        torch.distributed.all_gather_object(received, items)
-        return [item for part in received for item in part]
+        self._announce(0, self.device)
+        return [item for part in self._gather_object(items) for item in part]
 
-    def _counts(self, own: int, device: torch.device) -> list[int]:
-        counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(self.world_size)]
-        torch.distributed.all_gather(counts, torch.tensor([own], dtype=torch.int64, device=device))
-        return [int(count) for count in counts]
+    @contextmanager
+    def agreeing(self) -> Iterator[None]:
+        """What fails on one process inside the block fails on all of them.
+
+        Raises:
+            ProcessError: Where another process has failed, naming it and what it said. The one that
+                failed raises its own error.
+
+        Example:
+            >>> with Group().agreeing():
+            ...     Group().sum(torch.tensor(1))
+            tensor(1)
+        """
+        try:
+            yield
+        except ProcessError:  # which all know of
+            raise
+        except Exception as error:
+            if self.world_size > 1:
+                self._announce(_FAILED, self.device, f"{type(error).__name__}: {error}")
+            raise
+        if self.world_size > 1:
+            self._announce(0, self.device)
+
+    def _announce(self, own: int, device: torch.device, failure: str | None = None) -> list[int]:
+        """Tell all a number of rows, or that this process has failed; theirs in rank order."""
+        told = torch.tensor([own], dtype=torch.int64, device=device)
+        received = [torch.zeros_like(told) for _ in range(self.world_size)]
+        torch.distributed.all_gather(received, told)
+        counts = [int(count) for count in received]
+        if _FAILED in counts:
+            failures = self._gather_object(failure)
+            if failure is None:
+                named = [f"{rank} ({text})" for rank, text in enumerate(failures) if text]
+                raise ProcessError(
+                    f"selection stops, because it failed on process {', '.join(named)}; see there"
+                )
+        return counts
+
+    def _gather_object(self, item: _T) -> list[_T]:
+        received: list[_T] = [item] * self.world_size
+        torch.distributed.all_gather_object(received, item)
+        return received

@@ -1,8 +1,8 @@
 """How batches are made: the settings of a loader, given or taken from somebody's own loader."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -10,13 +10,46 @@ from torch.utils.data import (
     BatchSampler,
     DataLoader,
     Dataset,
+    DistributedSampler,
     IterableDataset,
-    Sampler,
-    WeightedRandomSampler,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
     default_collate,
 )
 
 from lightning_dvc.errors import ConfigurationError
+from lightning_dvc.sampler import SelectionSampler
+
+_PLAIN_SAMPLERS: Final = (
+    SequentialSampler,
+    RandomSampler,
+    SubsetRandomSampler,
+    DistributedSampler,
+    Sequence,
+)
+"""What a training loader may draw with, and selection replace, without anything being lost."""
+
+
+class TrainingLoader(DataLoader[Any]):
+    """Goes over what is selected, and on from where a killed run was saved.
+
+    Its state tells Lightning that it can, and is empty: the sampler asks the trainer where that is.
+    """
+
+    def __iter__(self) -> Any:
+        """Go over an epoch; workers that are started for it get seeds by its number."""
+        if isinstance(self.sampler, SelectionSampler) and self.generator is not None:
+            self.generator.manual_seed(self.sampler.seed_of_pass())
+        return super().__iter__()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to load."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +82,14 @@ class LoaderSettings:
                 f"batch_size={self.batch_size} and num_workers={self.num_workers}; change them"
             )
 
-    def loader(
-        self,
-        dataset: Dataset[Any],
-        sampler: Sampler[int] | None = None,
-        generator: torch.Generator | None = None,
-    ) -> DataLoader[Any]:
-        """Make a loader; without a sampler it goes through the dataset in order."""
-        return DataLoader(dataset, sampler=sampler, generator=generator, **vars(self))
+    def loader(self, dataset: Dataset[Any]) -> DataLoader[Any]:
+        """Make a loader that goes through a dataset in order."""
+        return DataLoader(dataset, **vars(self))
+
+    def training_loader(self, dataset: Dataset[Any], sampler: SelectionSampler) -> TrainingLoader:
+        """Make a loader that goes over what is selected."""
+        # A generator of its own, so that iterating draws nothing from the global one.
+        return TrainingLoader(dataset, sampler=sampler, generator=torch.Generator(), **vars(self))
 
 
 def settings_of(loader: Any) -> tuple[LoaderSettings, Dataset[Any]]:
@@ -75,7 +108,8 @@ def settings_of(loader: Any) -> tuple[LoaderSettings, Dataset[Any]]:
     if not isinstance(loader, DataLoader):
         raise ConfigurationError(
             f"expected train_dataloader() of the wrapped datamodule to return a DataLoader, but it "
-            f"returned a {kind}; wrap a datamodule with a single training loader"
+            f"returned a {kind}; return one loader over a torch.utils.data.ConcatDataset, or give "
+            "the datasets to DVCDataModule(sources={'name': dataset, ...})"
         )
     if isinstance(loader.dataset, IterableDataset):
         raise ConfigurationError(
@@ -88,13 +122,31 @@ def settings_of(loader: Any) -> tuple[LoaderSettings, Dataset[Any]]:
             f"({type(loader.batch_sampler).__name__}), which selection would replace; give the "
             "loader a batch_size instead"
         )
-    if isinstance(loader.sampler, WeightedRandomSampler):
+    if not isinstance(loader.sampler, _PLAIN_SAMPLERS):
         rank_zero_warn(
-            "The wrapped training loader draws with a WeightedRandomSampler. Selection replaces "
-            "the sampler, so its weights no longer count."
+            f"The wrapped training loader draws with a {type(loader.sampler).__name__}. Selection "
+            "replaces the sampler, so what it prefers or leaves out no longer counts."
         )
     names = LoaderSettings.__dataclass_fields__
     settings = {name: getattr(loader, name) for name in names}
     if not loader.num_workers:
         settings["prefetch_factor"] = None
-    return LoaderSettings(**settings), loader.dataset
+    return LoaderSettings(**settings), dataset_of(loader)
+
+
+def dataset_of(loader: DataLoader[Any]) -> Dataset[Any]:
+    """Take the dataset out of a loader.
+
+    Returns:
+        The part of it that the loader goes through, where its sampler is a list of indices or a
+        :class:`~torch.utils.data.SubsetRandomSampler`; otherwise the whole.
+
+    Example:
+        >>> len(dataset_of(DataLoader(range(9), sampler=SubsetRandomSampler([3, 1]))))
+        2
+    """
+    sampler: Any = loader.sampler
+    indices = sampler.indices if isinstance(sampler, SubsetRandomSampler) else sampler
+    if not isinstance(sampler, SubsetRandomSampler | Sequence):
+        return loader.dataset
+    return Subset(loader.dataset, list(dict.fromkeys(int(index) for index in indices)))

@@ -5,7 +5,7 @@ is one. It emits global ids of the selected samples only, shuffled by epoch from
 rank gets the same number of them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
 from lightning_dvc.errors import ConfigurationError
-from lightning_dvc.randomness import stream
+from lightning_dvc.randomness import stream, torch_stream
 
 
 def epoch_order(
@@ -56,10 +56,21 @@ class SelectionSampler(DistributedSampler[int]):
     ) -> None:
         super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=True, seed=seed)
         self._ids = np.empty(0, dtype=np.int64)
+        self._where: Callable[[], tuple[int, int]] | None = None
 
-    def place(self, rank: int, world_size: int) -> None:
-        """Tell which process this is of how many."""
-        self.rank, self.num_replicas = rank, world_size
+    def place(
+        self, rank: int, world_size: int, where: Callable[[], tuple[int, int]] | None = None
+    ) -> None:
+        """Tell which process this is of how many, and where training stands.
+
+        Args:
+            rank: This process.
+            world_size: Number of processes.
+            where: Asked at the beginning of each pass for the number of the epoch, and how many of
+                the samples of this process are to be skipped, because a resumed run has trained on
+                them. When not given, :meth:`set_epoch` tells the epoch and nothing is skipped.
+        """
+        self.rank, self.num_replicas, self._where = rank, world_size, where
 
     def select(self, ids: Tensor) -> None:
         """Replace the selected ids.
@@ -80,6 +91,15 @@ class SelectionSampler(DistributedSampler[int]):
     def __len__(self) -> int:
         return -(-len(self._ids) // self.num_replicas)
 
+    @property
+    def _position(self) -> tuple[int, int]:
+        return self._where() if self._where else (self.epoch, 0)
+
+    def seed_of_pass(self) -> int:
+        """Seed of the loader's workers in the epoch that is about to begin."""
+        return torch_stream(self.seed, "loader", self._position[0]).initial_seed()
+
     def __iter__(self) -> Iterator[int]:
-        order = epoch_order(self._ids, self.seed, self.epoch, self.rank, self.num_replicas)
-        return iter(torch.from_numpy(order).tolist())
+        epoch, skipped = self._position
+        order = epoch_order(self._ids, self.seed, epoch, self.rank, self.num_replicas)
+        return iter(torch.from_numpy(order).tolist()[skipped:])

@@ -6,12 +6,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from lightning_dvc.errors import ConfigurationError
 
-Groups = Mapping[str, Sequence[int] | Tensor | np.ndarray] | Sequence[Any] | Tensor | np.ndarray
-"""Name to indices, or one name per sample."""
+Groups = (
+    str | Mapping[str, Sequence[int] | Tensor | np.ndarray] | Sequence[Any] | Tensor | np.ndarray
+)
+"""The column of names, name to indices, or one name per sample."""
 
 
 def split_by(dataset: Dataset[Any], groups: Groups) -> dict[str, Dataset[Any]]:
@@ -19,15 +21,17 @@ def split_by(dataset: Dataset[Any], groups: Groups) -> dict[str, Dataset[Any]]:
 
     Args:
         dataset: A map-style dataset of ``n`` samples.
-        groups: Either the source of each sample, ``n`` names or numbers such as a column of a
-            table; or, by name, the indices of its samples, such as a ``range``.
+        groups: The source of each sample, ``n`` names or numbers; or the name of a column that
+            holds these, as ``dataset[name]`` (a table with ``column_names``) or ``dataset.name``,
+            also where parts of such datasets are taken or put together by torch's ``Subset`` and
+            ``ConcatDataset``; or, by name, the indices of its samples, such as a ``range``.
 
     Returns:
         Name to the part of the dataset, by order of first appearance.
 
     Raises:
-        ConfigurationError: If there are not as many names as samples, an index is out of range or
-            in two sources, or the dataset has no length.
+        ConfigurationError: If there are not as many names as samples, there is no such column, an
+            index is out of range, no integer, or in two sources, or the dataset has no length.
 
     Example:
         >>> {name: len(part) for name, part in split_by(list("abc"), ["x", "y", "x"]).items()}
@@ -45,7 +49,7 @@ def split_by(dataset: Dataset[Any], groups: Groups) -> dict[str, Dataset[Any]]:
         indices = {str(name): _as_array(given) for name, given in groups.items()}
         _check_indices(indices, n_samples)
     else:
-        names = _as_array(groups)
+        names = _names(_column(dataset, groups) if isinstance(groups, str) else groups)
         if len(names) != n_samples:
             raise ConfigurationError(
                 f"expected the source of each of {n_samples} samples, but got {len(names)}; give "
@@ -62,7 +66,47 @@ def _as_array(given: Any) -> np.ndarray:
     return given.cpu().numpy() if isinstance(given, torch.Tensor) else np.asarray(given)
 
 
+def _column(dataset: Any, name: str) -> Any:
+    """What a dataset calls by that name, one entry per sample."""
+    if isinstance(dataset, Subset):
+        return _names(_column(dataset.dataset, name))[np.asarray(dataset.indices, dtype=np.int64)]
+    if isinstance(dataset, ConcatDataset):
+        return np.concatenate([_names(_column(part, name)) for part in dataset.datasets])
+    columns = getattr(dataset, "column_names", None)
+    if columns is not None and name in columns:
+        return dataset[name]
+    if not hasattr(dataset, name):
+        own = getattr(dataset, "__dict__", {})
+        known = columns or [each for each in own if not each.startswith("_")]
+        raise ConfigurationError(
+            f"expected a column {name!r} that tells the source of each sample, but the training "
+            f"dataset, a {type(dataset).__name__}, has {list(known)}; name one of these, or give "
+            "one name per sample"
+        )
+    return getattr(dataset, name)
+
+
+def _names(given: Any) -> np.ndarray:
+    try:
+        names = _as_array(given)
+    except ValueError:  # lists of unequal lengths
+        names = np.empty((0, 0))
+    if names.ndim != 1:
+        raise ConfigurationError(
+            "expected one name or number per sample, but got lists of them, or none; for indices, "
+            "give them by name: {'name': range(...), ...}"
+        )
+    # Some may be missing or of other types, which could not be sorted.
+    return names.astype(str) if names.dtype == object else names
+
+
 def _check_indices(indices: Mapping[str, np.ndarray], n_samples: int) -> None:
+    for name, given in indices.items():
+        if len(given) and given.dtype.kind not in "iu":
+            raise ConfigurationError(
+                f"expected integer indices for source {name!r}, but got {given.dtype}; for a mask, "
+                "give np.flatnonzero(mask)"
+            )
     every = np.concatenate([np.empty(0, dtype=np.int64), *indices.values()])
     if len(every) and not (every.min() >= 0 and every.max() < n_samples):
         raise ConfigurationError(

@@ -123,7 +123,7 @@ def test_selection_tells_why():
 
 
 def test_weights_are_learnt_from_the_monitored_score():
-    weights = BayesianWeights(seed=0, initial=2)
+    weights = BayesianWeights(seed=0, initial=2, max_share=None)
     callback = DVCCallback(DVC(weights), monitor="val_acc")
     fit(make(rounds=5), callback=callback, max_epochs=6)
     observed = weights.state_dict()["observations"]
@@ -430,7 +430,7 @@ def strategies():
     return [
         DVC(),
         DVC(FixedWeights()),
-        DVC(BayesianWeights(initial=2)),
+        DVC(BayesianWeights(initial=2, max_share=None)),
         DVC(stability_window=0, cache_bytes=0),
         Random(),
     ]

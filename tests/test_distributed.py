@@ -5,7 +5,7 @@ from helpers.problems import Net, good, repeated, trainer, wrong
 from lightning.pytorch.callbacks import Callback
 
 from lightning_dvc import DVCCallback, DVCDataModule
-from lightning_dvc.distributed import Group
+from lightning_dvc.distributed import Group, ProcessError
 
 WORLD = 3
 
@@ -37,20 +37,50 @@ def _work(rank, port, queue):
             group.sum(torch.tensor([1.0, rank])).tolist(),
             group.gather_objects([f"from {rank}"] * rank),
             group.first(torch.tensor([rank + 0.5], dtype=torch.float64)).tolist(),
+            group.first(torch.arange(2 - rank)).tolist(),
+            _failing(group),
         )
     )
     torch.distributed.destroy_process_group()
+
+
+def _failing(group):
+    """What each rank is told when the others wait in other exchanges than the one that failed."""
+    found = []
+    for waits in (group.gather, group.sum, group.first, lambda x: group.gather_objects([x]), None):
+        try:
+            with group.agreeing():
+                if group.rank == 1:
+                    raise ValueError("no luck")
+                if waits is not None:
+                    waits(torch.zeros(2))
+        except (ValueError, ProcessError) as error:
+            found.append(f"{type(error).__name__}: {error}")
+    try:
+        with group.agreeing():
+            raise ValueError(f"of {group.rank}")  # all at once: each keeps its own
+    except ValueError as error:
+        found.append(str(error))
+    with group.agreeing():
+        group.sum(torch.zeros(1))  # and it goes on
+    return found
 
 
 def test_every_rank_gathers_the_same(unused_port):
     queue = mp.get_context("spawn").SimpleQueue()
     mp.spawn(_work, args=(unused_port, queue), nprocs=WORLD)
     for _ in range(WORLD):
-        rank, rows, big, total, objects, first = queue.get()
+        rank, rows, big, total, objects, first, shorter, told = queue.get()
         assert rows == [[10, 10], [20, 20], [21, 21]]
         assert big == [2**53, 2**53 + 1, 2**53 + 2]
         assert total == [3.0, 3.0]
         assert first == [0.5]
+        assert shorter == [0, 1]
+        other = (
+            "ProcessError: selection stops, because it failed on process 1 (ValueError: no luck)"
+        )
+        said = "ValueError: no luck" if rank == 1 else f"{other}; see there"
+        assert told == [said] * 5 + [f"of {rank}"]
         assert objects == ["from 1", "from 2", "from 2"], rank
 
 

@@ -146,6 +146,24 @@ def test_place_makes_it_another_rank():
     assert len(parts) == 12
 
 
+def test_asks_where_training_stands_at_the_beginning_of_each_pass():
+    sampler, told = sampler_of(range(10)), sampler_of(range(10))
+    where = [3, 0]
+    sampler.place(0, 1, lambda: (where[0], where[1]))
+    sampler.set_epoch(8)  # does not count
+    told.set_epoch(3)
+    order = list(told)
+    assert list(sampler) == order
+    assert sampler.seed_of_pass() == told.seed_of_pass()
+    where[1] = 4
+    assert list(sampler) == order[4:]
+    assert len(sampler) == 10  # of the epoch
+    where[1] = 10**30
+    assert list(sampler) == []
+    where[:] = [4, 0]
+    assert sampler.seed_of_pass() != told.seed_of_pass()
+
+
 # Python 3.12 warns about fork in a process with threads, which torch always has.
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("workers", [0, 2])

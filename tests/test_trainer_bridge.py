@@ -1,6 +1,8 @@
 """If Lightning changes what the bridge leans on, these say so, with the version."""
 
 import inspect
+import re
+from pathlib import Path
 
 import lightning
 import pytest
@@ -15,19 +17,88 @@ from lightning_dvc import trainer_bridge
 
 VERSION = f"Lightning {lightning.__version__}"
 
+# What is private, or not documented, by its way from a Trainer.
+PRIVATE = [
+    "fit_loop._combined_loader",
+    "fit_loop._data_fetcher",
+    "fit_loop.setup_data",
+    "fit_loop.restarting",
+    "fit_loop.epoch_progress.current.processed",
+    "fit_loop.epoch_progress.current.completed",
+    "fit_loop.epoch_loop._batches_that_stepped",
+    "fit_loop.epoch_loop._should_check_val_fx",
+    "fit_loop.epoch_loop.restarting",
+    "fit_loop.epoch_loop.restarted_on_train_batch_end",
+    "fit_loop.epoch_loop.update_restart_stage",
+    "fit_loop.epoch_loop.batch_progress.is_last_batch",
+    "fit_loop.epoch_loop.batch_progress.current.processed",
+    "fit_loop.epoch_loop.batch_progress.total.completed",
+    "fit_loop.epoch_loop.batch_progress.increment_completed",
+    "fit_loop.epoch_loop.val_loop.batch_progress.reset",
+    "fit_loop.epoch_loop.val_loop.batch_progress.total.started",
+    "precision_plugin.convert_input",
+    "precision_plugin.forward_context",
+    "strategy.batch_to_device",
+    "state.fn",
+    "overfit_batches",
+    "fast_dev_run",
+    "val_check_interval",
+    "val_check_batch",
+    "limit_train_batches",
+    "check_val_every_n_epoch",
+    "accumulate_grad_batches",
+    "progress_bar_callback",
+]
+
 
 def test_lightning_still_has_what_the_bridge_uses():
     run = Trainer(logger=False, accelerator="cpu")
-    loop = run.fit_loop
-    assert hasattr(loop, "_combined_loader"), VERSION
-    assert hasattr(loop.epoch_loop, "_batches_that_stepped"), VERSION
-    assert hasattr(loop.epoch_progress.current, "processed"), VERSION
-    assert "_combined_loader is not None" in inspect.getsource(_FitLoop.setup_data), VERSION
-    for name in ("convert_input", "forward_context"):
-        assert callable(getattr(run.precision_plugin, name)), VERSION
+    missing = [path for path in PRIVATE if not has(run, path)]
+    assert missing == [], f"{VERSION} has no longer what trainer_bridge.py uses"
     assert callable(Net()._on_before_batch_transfer), VERSION
-    assert hasattr(run, "overfit_batches"), VERSION
-    assert hasattr(run, "fast_dev_run"), VERSION
+
+
+def test_all_private_names_of_the_bridge_are_looked_for():
+    used = set(re.findall(r"\.(_[a-z]\w+)", Path(trainer_bridge.__file__).read_text("utf-8")))
+    listed = {name for path in PRIVATE for name in path.split(".") if name.startswith("_")}
+    # The first is of a module, the second exists only where validation goes by time.
+    assert used <= listed | {"_on_before_batch_transfer", "_last_val_time"}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "if self._combined_loader is not None and not self._should_reload_train_dl",
+        "trainer.val_check_batch > self.max_batches",
+        "trainer._last_val_time = trainer._train_start_time",
+        "_parse_num_batches(stage, length, trainer.limit_train_batches)",
+        'f"The number of training batches (',
+    ],
+)
+def test_lightning_still_sets_its_loader_up_as_the_bridge_expects(words):
+    assert words in inspect.getsource(_FitLoop.setup_data), f"{VERSION} sets up otherwise"
+
+
+def has(thing, path):
+    for name in path.split("."):
+        if not hasattr(thing, name):
+            return False
+        thing = getattr(thing, name)
+    return True
+
+
+def test_a_missing_name_is_found():
+    run = Trainer(logger=False, accelerator="cpu")
+    assert not has(run, "fit_loop._no_such_thing")
+    assert not has(run, "no_such_loop.epoch_loop")
+
+
+def test_only_the_bridge_uses_what_is_private():
+    package = Path(trainer_bridge.__file__).parent
+    private = re.compile(r"(trainer|pl_module|strategy|_loop)\._[a-z]|fit_loop|_on_before_batch")
+    files = {path.name: path.read_text(encoding="utf-8") for path in package.rglob("*.py")}
+    users = {name for name, source in files.items() if private.search(source)}
+    assert users == {"trainer_bridge.py"}
 
 
 class Growing(Callback):
@@ -40,7 +111,8 @@ class Growing(Callback):
         dataset = trainer.train_dataloader.dataset
         dataset.tensors = good(16 * (2 + trainer.current_epoch)).tensors
         before = torch.get_rng_state()
-        trainer_bridge.renew_train_batches(trainer)
+        n_batches = len(trainer.train_dataloader)
+        trainer_bridge.renew_train_batches(trainer, n_batches)
         self.state_is_kept.append(torch.equal(before, torch.get_rng_state()))
         self.epochs.append(trainer_bridge.training_epoch(trainer))
         self.steps.append(trainer_bridge.steps_so_far(trainer))
@@ -76,3 +148,35 @@ def test_batches_are_converted_as_in_training(precision):
     run = trainer(callbacks=[Look()], max_epochs=1, precision=precision, limit_val_batches=0)
     run.fit(Looking(), DataLoader(good(16), batch_size=16))
     assert seen[0] == seen[1]
+
+
+class Changing(Callback):
+    """Notes how Lightning has set an epoch of four batches up, by the settings of the trainer."""
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        trainer_bridge.renew_train_batches(trainer, len(trainer.train_dataloader))
+        self.found = (trainer.num_training_batches, trainer.val_check_batch)
+
+
+@pytest.mark.parametrize(
+    ("limit", "interval", "batches"),
+    [
+        (1.0, 1.0, (4, 4)),
+        (1.0, 3, (4, 3)),
+        (1.0, 5, (4, 4)),
+        (0.2, 1.0, (1, 1)),
+        (0.2, 3, (1, 1)),
+        (0.5, 0.5, (2, 1)),
+        (3, 4, (3, 3)),
+        (9, 4, (4, 4)),
+    ],
+)
+def test_an_epoch_may_be_shorter_than_the_settings_want(limit, interval, batches):
+    changing, loader = Changing(), DataLoader(good(64), batch_size=16)
+    run = trainer(callbacks=[changing], max_epochs=1)
+    run.limit_train_batches, run.val_check_interval = limit, interval
+    # For Lightning's own look at the loader, before the callback's.
+    with trainer_bridge.short_epochs(run, 4):
+        run.fit(Net(), loader, DataLoader(good(16)))
+    assert changing.found == batches, VERSION
+    assert (run.limit_train_batches, run.val_check_interval) == (limit, interval)

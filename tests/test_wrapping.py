@@ -143,7 +143,7 @@ class OwnBatches(Existing):
 @pytest.mark.parametrize(
     ("existing", "sources", "message"),
     [
-        (TwoLoaders(), None, "returned a list"),
+        (TwoLoaders(), None, "returned a list; return one loader over a torch.utils.data.Concat"),
         (OfAStream(), None, "Stream is iterable-only"),
         (OwnBatches(), None, r"batch_sampler of its own \(Mine\)"),
         (Existing(), ["good"] * 7, "each of 100 samples, but got 7"),
@@ -162,7 +162,7 @@ def test_weighted_sampler_is_replaced_with_a_warning():
             sampler = WeightedRandomSampler(torch.ones(100).tolist(), 50)
             return DataLoader(self.train, sampler=sampler, **self.loader)
 
-    with pytest.warns(UserWarning, match="its weights no longer count"):
+    with pytest.warns(UserWarning, match="WeightedRandomSampler. Selection replaces"):
         fit(Weighted())
 
 

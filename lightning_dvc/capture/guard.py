@@ -24,11 +24,14 @@ _LARGEST_ATTRIBUTE: Final = 2**20
 
 
 @contextmanager
-def preserve_random_state() -> Iterator[None]:
+def preserve_random_state(seed: int | None = None) -> Iterator[None]:
     """Leave the global random streams as they were, also after an exception.
 
     The streams of torch (the CPU's and, once CUDA is in use, every device's), numpy and
     ``random``.
+
+    Args:
+        seed: Of all of them in the meantime; they go on when not given.
 
     Example:
         >>> state = torch.get_rng_state()
@@ -43,6 +46,12 @@ def preserve_random_state() -> Iterator[None]:
     numpy_state = np.random.get_state()  # noqa: NPY002 - somebody else's stream, only put back
     python = random.getstate()
     try:
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)
+            if on_cuda:
+                torch.cuda.manual_seed_all(seed)
+            np.random.seed(seed % 2**32)  # noqa: NPY002 - somebody else's stream
+            random.seed(seed)
         yield
     finally:
         torch.set_rng_state(cpu)
@@ -53,7 +62,7 @@ def preserve_random_state() -> Iterator[None]:
 
 
 @contextmanager
-def undisturbed(module: nn.Module) -> Iterator[None]:
+def undisturbed(module: nn.Module, seed: int | None = None) -> Iterator[None]:
     """Put a module into ``eval()`` with gradients enabled; leave everything as it was.
 
     Restored on leaving, also after an exception: the training flag of every submodule one by one,
@@ -66,6 +75,7 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
         module: The user's model. Values nested in a plain attribute's containers are restored as
             far as these are lists, dicts, sets and deques; tensors in them, and plain tensors of
             more than ``2**20`` elements, are put back but not their contents.
+        seed: Of the global random streams inside, as for :func:`preserve_random_state`.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
@@ -76,7 +86,7 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
         (True, True)
     """
     with ExitStack() as stack:
-        stack.enter_context(preserve_random_state())
+        stack.enter_context(preserve_random_state(seed))
         for part in module.modules():
             for restore in (_remember_attributes(part), _remember_buffers(part)):
                 stack.callback(restore)

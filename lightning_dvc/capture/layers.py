@@ -36,6 +36,9 @@ from lightning_dvc.randomness import torch_stream
 # between samples: enough to tell near-repeats from neighbours, small for large images.
 _FINGERPRINT_SIDE: Final = 8
 _TOKEN_WIDTH: Final = 64
+# Of a loss whose gradients pass through float16, which keeps its precision down to 6e-5 only: the
+# mean over an image's pixels makes gradients smaller than that.
+_SCALE: Final = 2.0**12
 _AVERAGE: Final[dict[int, Callable[..., Tensor]]] = {
     1: F.adaptive_avg_pool1d,
     2: F.adaptive_avg_pool2d,
@@ -173,6 +176,7 @@ class LayerCapture:
         self._projections = projections or {}
         self._copied = copied
         self._calls: dict[str, _Calls] = {}
+        self._untracked: list[str] = []
 
     @property
     def reached(self) -> list[str]:
@@ -209,6 +213,16 @@ class LayerCapture:
             del self._calls[name]
         return shared
 
+    def forget_untracked(self) -> list[str]:
+        """Drop what was recorded of layers that ran without a graph while there was to be one.
+
+        Returns:
+            Their names.
+        """
+        for name in self._untracked:
+            self._calls.pop(name, None)
+        return list(self._untracked)
+
     @contextmanager
     def recording(self, gradients: bool = True) -> Iterator[None]:
         """Record inside the block; hooks are gone afterwards, also after an exception.
@@ -216,7 +230,7 @@ class LayerCapture:
         Args:
             gradients: Whether :meth:`gradients` will be asked for.
         """
-        self._calls = {}
+        self._calls, self._untracked = {}, []
         handles = [
             layer.register_forward_hook(self._hook(name, gradients), with_kwargs=True)
             for name, layer in self._layers.items()
@@ -245,6 +259,8 @@ class LayerCapture:
             calls.returned = _averaged_output(kind, self._layers[name], out.detach())
             if not gradients:
                 return None
+            if not torch.is_grad_enabled() and name not in self._untracked:
+                self._untracked.append(name)
             frozen = not out.requires_grad  # as every layer before it
             if frozen:
                 out = out.detach().requires_grad_()
@@ -265,7 +281,10 @@ class LayerCapture:
             One entry per layer, in the order of :attr:`reached`.
         """
         edges = [edge for calls in self._calls.values() for edge in calls.edges]
-        deltas = iter(torch.autograd.grad(losses.sum(), edges, allow_unused=True))
+        halves = any(
+            x.dtype == torch.float16 for calls in self._calls.values() for x in calls.outputs
+        )
+        deltas = iter(_scaled_grad(losses.sum(), edges) if halves else _grad(losses.sum(), edges))
         found = []
         for name, calls in self._calls.items():
             own = [
@@ -322,6 +341,19 @@ class LayerCapture:
         x = x.reshape(n, -1, x.shape[-1])
         # Always as many, so that batches of sequences of other lengths can be compared.
         return F.adaptive_avg_pool1d(x.transpose(1, 2), _FINGERPRINT_SIDE).flatten(1)
+
+
+def _grad(loss: Tensor, edges: Sequence[GradientEdge], **options: Any) -> list[Tensor | None]:
+    return list(torch.autograd.grad(loss, edges, allow_unused=True, **options))
+
+
+def _scaled_grad(loss: Tensor, edges: Sequence[GradientEdge]) -> list[Tensor | None]:
+    """Gradients through float16, which has no small numbers; unscaled if large ones overflow."""
+    scale = torch.full_like(loss, _SCALE)
+    deltas = _grad(loss, edges, grad_outputs=scale, retain_graph=True)
+    if all(delta is None or bool(delta.isfinite().all()) for delta in deltas):
+        return [delta if delta is None else widened(delta) / _SCALE for delta in deltas]
+    return _grad(loss, edges)
 
 
 def _averaged_output(kind: LayerKind, layer: nn.Module, output: Tensor) -> Tensor:

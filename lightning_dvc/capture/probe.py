@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -266,7 +266,7 @@ class Probe:
         batch = self.prepare(loaded.batch)
         recorder = LayerCapture(self._found, self._projections, self._overwritten)
         with ExitStack() as stack:
-            stack.enter_context(self.context())
+            stack.enter_context(self._forward())
             stack.enter_context(torch.set_grad_enabled(gradients))
             if self._recurrent:
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
@@ -295,18 +295,36 @@ class Probe:
 
     def _outcome(self, batch: Any, n: int, snapshots: Snapshots | None, age: int) -> Outcome:
         assert snapshots is not None
-        with snapshots.applied(self.module, age), self.context(), torch.no_grad():
+        with snapshots.applied(self.module, age), self._forward(), torch.no_grad():
             return self.objective(self.module, batch, n)
+
+    @contextmanager
+    def _forward(self) -> Iterator[None]:
+        """Where forward passes run, without what ``torch.compile`` made of them.
+
+        Compiled code calls neither hooks nor the loss functions that are intercepted, and would be
+        compiled anew for each set of hooks until torch gives up.
+        """
+        with self.context(), torch.compiler.set_stance("force_eager"):
+            yield
 
     def _settle_layers(self, recorder: LayerCapture, n: int) -> None:
         """From the first batch on: which layers a forward pass calls, with a batch to deal out."""
-        shared = recorder.forget_shared(n)
+        shared, untracked = recorder.forget_shared(n), recorder.forget_untracked()
         missed = [name for name in self.layers or () if name not in recorder.reached]
         if missed or not recorder.reached:
             raise CaptureError(
                 f"the forward pass never called the layers {missed or list(self._found)} with a "
-                f"batch as the first axis; name layers that it does, or leave layers=None (it "
-                f"called {recorder.reached})"
+                f"batch as the first axis and with gradients; name layers that it does, or leave "
+                f"layers=None (it called {recorder.reached}); activation checkpointing needs "
+                "use_reentrant=False"
+            )
+        if untracked:
+            warnings.warn(
+                f"the layers {untracked} run without gradients, under torch.no_grad() or in "
+                "activation checkpointing, so they are not captured and do not count in any "
+                "metric; for checkpointing, use_reentrant=False helps",
+                stacklevel=2,
             )
         self._order = recorder.reached
         self._found = {name: self._found[name] for name in self._order}

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_dvc.capture.kinds import widened
+
 
 def _moving_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Everything of a model that training moves: trainable parameters and floating buffers."""
@@ -79,8 +81,9 @@ class Snapshots:
                 for n, p in layers[name].named_parameters()
                 if p.requires_grad and (f"{name}.{n}" if name else n) in latest
             ]
-            moved = sum(float((now - then).square().sum()) for now, then in pairs)
-            size = sum(float(then.square().sum()) for _, then in pairs)
+            # Squares leave the range of half precision soon.
+            moved = sum(float(widened(now - then).square().sum()) for now, then in pairs)
+            size = sum(float(widened(then).square().sum()) for _, then in pairs)
             drifts.append((moved / max(size, torch.finfo(torch.float32).tiny)) ** 0.5)
         return torch.tensor(drifts)
 

@@ -205,13 +205,16 @@ class DVC:
                 bandit.update(earned)
         with this.watch.section("examine"):
             examined = self._observer.examine(this)
-            removed = self._disowned(this, examined)
+            # Decisions are the first process's: elsewhere samples may be augmented otherwise.
+            removed = this.group.first(self._disowned(this, examined), this.probe.device)
             if self.layer_weights.learns:
                 self.layer_weights.judge(removed)
             quota = this.quota(len(removed))
             weights = trusted(weights, examined.held_out)
         with this.watch.section("draw"):
-            candidates = self._draw(this, bandit, quota, removed)
+            candidates = this.group.first(
+                self._draw(this, bandit, quota, removed), this.probe.device
+            )
         with this.watch.section("score"):
             scores, alignment = self._score_candidates(this, candidates, examined)
         with this.watch.section("choose"):
@@ -228,6 +231,7 @@ class DVC:
                 self._gain.added(torch.bincount(arms[positions], minlength=bandit.n_arms), score)
             else:
                 earned = self._earned(this, arms, values, positions, alignment)
+                earned = this.group.first(earned, this.probe.device)
                 bandit.update(earned)
         choice.figures.update(self._figures(this, earned, alpha))
         return choice
@@ -346,7 +350,7 @@ class DVC:
             # What a round leaves over, the next ones make up for with other candidates.
             relax=this.is_last,
         )
-        places = found.positions
+        places = this.group.first(found.positions, this.probe.device)
         figures = {f"passed_over/{rule}": float(n) for rule, n in found.passed_over.items()}
         figures["candidates"] = float(len(scores))
         raw = scores.rows(places).raw()

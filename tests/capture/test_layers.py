@@ -1,3 +1,4 @@
+import copy
 import warnings
 
 import pytest
@@ -243,6 +244,28 @@ def test_half_precision_is_widened():
     kept = [g.squared_norms() for g in recorder.gradients(losses)]
     kept += [*recorder.representations(5), recorder.fingerprints(5)]
     assert {tensor.dtype for tensor in kept} == {torch.float32}
+
+
+def gradients_through_half(size):
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8)), normal(5, 4).float()
+    exact, half = net.double(), copy.deepcopy(net).half()
+    found = []
+    for model, given in ((exact, x.double()), (half, x.half())):
+        recorder = LayerCapture(find_layers(model))
+        with recorder.recording():
+            losses = model(given).float().square().sum(1) * size
+        found.append(
+            [layer.squared_norms().double().sqrt() for layer in recorder.gradients(losses)]
+        )
+    return found
+
+
+# As of a mean over an image of 1000 x 1000 pixels; and too large to be scaled as well.
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e3])
+def test_float16_keeps_gradients_that_are_small_or_large(size):
+    for exact, half in zip(*gradients_through_half(size), strict=True):
+        assert torch.allclose(half, exact, rtol=0.02)
 
 
 # --- nothing is left behind, nothing is changed ------------------------------------------------

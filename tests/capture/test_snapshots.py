@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -51,6 +53,19 @@ def test_the_present_state_returns_after_an_error():
         raise KeyError
     assert same(values(net), now)
     assert [id(p) for p in net.parameters()] == identities
+
+
+def test_drift_in_half_precision_is_that_in_single():
+    net = nn.Linear(300, 300)
+    nn.init.constant_(net.weight, 1.0)  # a squared norm of 90,000, beyond float16
+    drifts = []
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        moved, snapshots = copy.deepcopy(net).to(dtype), Snapshots(window=1)
+        snapshots.push(moved)
+        with torch.no_grad():
+            moved.weight.mul_(1.0625)
+        drifts.append(snapshots.drift(moved, {"": moved}).item())
+    assert drifts == pytest.approx([0.0625] * 3, rel=1e-2)
 
 
 def test_frozen_parameters_are_not_copied():

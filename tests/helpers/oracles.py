@@ -199,7 +199,7 @@ def quality(h, middle, mad):
 
 
 def relevance(g, label, reference, reference_labels, minimum=3):
-    """Equation 8: cosine with the mean of the label's reference gradients, of all without labels."""
+    """Equation 8: cosine with the mean reference gradient of the label; of all without labels."""
     own = [r for r, at in zip(reference, reference_labels, strict=True) if at == label]
     by_class = label >= 0 and max(reference_labels) >= 0
     if by_class and len(own) < minimum:
