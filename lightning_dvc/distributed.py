@@ -14,14 +14,10 @@ from typing import Final, TypeVar
 import torch
 from torch import Tensor
 
-from lightning_dvc.errors import DVCError
+from lightning_dvc.errors import ProcessError
 
 _T = TypeVar("_T")
 _FAILED: Final = -1
-
-
-class ProcessError(DVCError, RuntimeError):
-    """Another process failed while all worked on one round."""
 
 
 class Group:

@@ -29,6 +29,10 @@ class StateError(DVCError, RuntimeError):
     """A checkpoint or a saved selection does not fit the objects it is loaded into."""
 
 
+class ProcessError(DVCError, RuntimeError):
+    """Another process failed while all worked on one round."""
+
+
 def check_settings(*checks: tuple[str, object, bool, str]) -> None:
     """Refuse the first setting that is out of its range.
 

@@ -5,7 +5,8 @@ from helpers.problems import Net, good, repeated, trainer, wrong
 from lightning.pytorch.callbacks import Callback
 
 from lightning_dvc import DVCCallback, DVCDataModule
-from lightning_dvc.distributed import Group, ProcessError
+from lightning_dvc.distributed import Group
+from lightning_dvc.errors import ProcessError
 
 WORLD = 3
 
