@@ -70,7 +70,7 @@ VARIANTS: dict[str, Variant] = {
     "reference: held-out only": Variant(lambda: DVC(blend=0), n_val=(50,)),
     "reference: no validation": Variant(datamodule={"val": None}),
     "weights: equal": _weighing(**dict.fromkeys(METRICS, 1.0)),
-    "weights: learned": Variant(lambda: DVC(BayesianWeights())),
+    "weights: learned": Variant(lambda: DVC(BayesianWeights(max_share=None))),
     "weights: half the relevance": _weighing(relevance=0.5),
     "weights: no relevance": _weighing(relevance=0.0),
     "weights: no uncertainty": _weighing(uncertainty=0.0),
@@ -87,6 +87,7 @@ VARIANTS: dict[str, Variant] = {
     "rounds: 20": Variant(datamodule={"rounds": 20}),
     "no take-back": _of(take_back=0.0),
     "refine to the end": _of(refine=True),
+    "overhead: at most 15%": Variant(callback={"max_overhead": 0.15}),
     "bandit: flat": _of(temperature=1.0),
     "bandit: all to the best": _of(allocation="argmax"),
     "bandit: discount 0.8": _of(discount=0.8),
@@ -222,34 +223,37 @@ def wanted(datasets: Sequence[str], variants: Sequence[str], seeds: int) -> Iter
 
 
 def table(done: Mapping[Job, Row]) -> str:
-    """Share closed per variant and cell, their mean, and all gains over all gaps.
+    """Gains over random, divided by the gaps between random and clean-only, per variant and cell.
 
-    The last column is not ruled by a cell in which random and clean-only hardly differ.
+    Both are added up over seeds first, and in the last column over cells, so that a seed or a cell
+    in which random and clean-only hardly differ does not rule.
     """
-    shares: dict[tuple[str, int], dict[tuple[str, float], list[float]]] = {}
-    gains: dict[tuple[str, int], float] = defaultdict(float)
-    gaps: dict[tuple[str, int], float] = defaultdict(float)
+    gains: dict[tuple[str, int], dict[tuple[str, float], list[tuple[float, float]]]] = {}
     for job, row in done.items():
         ends = [done.get(job._replace(variant=reference)) for reference in REFERENCES]
         if job.variant not in REFERENCES and None not in ends:
             low, high = (end.accuracy for end in ends if end is not None)
-            key, cell = (job.variant, job.n_val), (job.dataset, job.budget)
-            found = shares.setdefault(key, defaultdict(list))
-            found[cell].append((row.accuracy - low) / (high - low))
-            gains[key] += row.accuracy - low
-            gaps[key] += high - low
-    sets = [
-        name for name in DATASETS if any(name == d for cells in shares.values() for d, _ in cells)
-    ]
-    cells = [(name, budget) for name in sets for budget in BUDGETS]
-    heads = ["variant", "val", *(f"{name} {budget:.0%}" for name, budget in cells), "gains / gaps"]
+            of_variant = gains.setdefault((job.variant, job.n_val), defaultdict(list))
+            of_variant[job.dataset, job.budget].append((row.accuracy - low, high - low))
+    cells = sorted({cell for found in gains.values() for cell in found}, key=_place)
+    heads = ["variant", "val", *(f"{name} {budget:.0%}" for name, budget in cells), "all"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    order = {name: number for number, name in enumerate(VARIANTS)}
-    for key in sorted(shares, key=lambda key: (order[key[0]], key[1] != USUAL_VAL, key[1])):
-        means = [np.mean(shares[key][cell]) if shares[key][cell] else np.nan for cell in cells]
-        figures = " | ".join(f"{share:.0%}" for share in (*means, gains[key] / gaps[key]))
-        lines.append(f"| {key[0]} | {key[1]} | {figures} |")
+    order = list(VARIANTS)
+    for variant, n_val in sorted(gains, key=lambda key: (order.index(key[0]), key[1])):
+        found = gains[variant, n_val]
+        shares = [_share(found[cell]) for cell in cells]
+        shares.append(_share([pair for pairs in found.values() for pair in pairs]))
+        lines.append(f"| {variant} | {n_val} | {' | '.join(f'{x:.0%}' for x in shares)} |")
     return "\n".join(lines)
+
+
+def _place(cell: tuple[str, float]) -> tuple[int, float]:
+    return list(DATASETS).index(cell[0]), cell[1]
+
+
+def _share(pairs: Sequence[tuple[float, float]]) -> float:
+    gain, gap = np.sum(pairs, axis=0) if pairs else (np.nan, np.nan)
+    return float(gain / gap)
 
 
 def main() -> None:

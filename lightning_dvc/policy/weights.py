@@ -480,13 +480,13 @@ def _read(path: Path) -> list[list[list[float]]]:
     """The runs in a file of :meth:`BayesianWeights.save`."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise StateError(
-            f"expected a file of BayesianWeights.save, but {path} is not JSON ({error}); pass "
+            f"expected a file of BayesianWeights.save, but {path} cannot be read ({error}); pass "
             "another warm_start"
         ) from error
     columns = content.get("columns") if isinstance(content, dict) else None
-    if columns != list(_COLUMNS):
+    if columns != list(_COLUMNS) or not isinstance(content.get("runs"), list):
         raise StateError(
             f"expected observations with the columns {list(_COLUMNS)}, but {path} has {columns}; "
             "pass as warm_start a file that BayesianWeights.save of this version wrote"

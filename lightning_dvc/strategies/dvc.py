@@ -202,7 +202,7 @@ class DVC:
             weights = self._weigh(this, score)
             earned = self._gain.rewards(score, bandit.n_arms)
             if earned is not None:
-                bandit.update(earned)
+                _learn(bandit, earned)
         with this.watch.section("examine"):
             examined = self._observer.examine(this)
             # Decisions are the first process's: elsewhere samples may be augmented otherwise.
@@ -211,6 +211,7 @@ class DVC:
                 self.layer_weights.judge(removed)
             quota = this.quota(len(removed))
             weights = trusted(weights, examined.held_out)
+            self._asked = (weights, this.progress)
         with this.watch.section("draw"):
             candidates = this.group.first(
                 self._draw(this, bandit, quota, removed), this.probe.device
@@ -228,11 +229,10 @@ class DVC:
                 self.layer_weights.note(chosen.ids, scores.layer_values(weights)[positions])
             arms = this.pools.arms_of(scores.ids)
             if self.reward == "gain":  # known once the score is
-                self._gain.added(torch.bincount(arms[positions], minlength=bandit.n_arms), score)
+                self._gain.added(torch.bincount(arms[positions], minlength=bandit.n_arms))
             else:
                 earned = self._earned(this, arms, values, positions, alignment)
-                earned = this.group.first(earned, this.probe.device)
-                bandit.update(earned)
+                _learn(bandit, earned)
         choice.figures.update(self._figures(this, earned, alpha))
         return choice
 
@@ -276,16 +276,16 @@ class DVC:
         if self._asked is not None and score is not None:
             self.weights.tell(*self._asked, score)
         # Of the first process, since an answer may depend on the clock.
-        weights = this.group.first(self.weights.ask(this.progress), this.probe.device)
-        self._asked = (weights, this.progress)
-        return weights
+        return this.group.first(self.weights.ask(this.progress), this.probe.device)
 
     def _disowned(self, this: Round, examined: Examined) -> Tensor:
         """Selected samples that recent model states find less plausible than reference ones."""
         if this.number < _TAKE_BACK_FROM or (this.is_last and not self.refines):
             return torch.empty(0, dtype=torch.int64)
         # Not more than can be replaced, beside what is still to be added.
-        spare = int(this.pools.stock.sum()) - (this.budget - len(this.selected))
+        missing = this.budget - len(this.selected)
+        _, room = this.arm_bounds(torch.empty(0, dtype=torch.int64), missing)
+        spare = int(torch.minimum(this.pools.stock, room).sum()) - missing
         most = min(int(self.take_back * len(this.selected)), max(spare, 0))
         limit = threshold(examined.reference_confidence, self.disown_quantile)
         return this.selected[disowned(examined.selected_confidence, limit, most)]
@@ -381,3 +381,9 @@ class DVC:
         if highest < 0 or math.isinf(self.class_slack):
             return None
         return class_ceilings(reference, highest + 1, quota, self.class_slack)
+
+
+def _learn(bandit: SourceBandit, earned: Tensor) -> None:
+    """Tell what a round earned; one that looked at nothing is no reason to forget."""
+    if not bool(earned.isnan().all()):
+        bandit.update(earned)

@@ -4,6 +4,7 @@ The default, the alignment of mean gradients, measured best; the others are ther
 with (``python -m examples.ablation``).
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal
 
@@ -19,11 +20,11 @@ REWARDS: Final = ("alignment", "value", "acceptance", "gain")
 
 WORTHLESS: Final[Mapping[str, float]] = {
     "alignment": 0.5,
-    "value": 0.0,
+    "value": 0.5,
     "acceptance": 0.0,
     "gain": 0.5,
 }
-"""The reward of a source that is of no use, by kind of reward."""
+"""The reward of a source of no use, by kind of reward; values are ranks, one half on average."""
 
 
 class ArmRewards:
@@ -117,49 +118,50 @@ def mean_by_arm(numbers: Tensor, arms: Tensor, n_arms: int) -> Tensor:
 class MeasuredGain:
     """Rewards from the monitored score: what it gained after sources had added samples.
 
-    The reward of an arm is ``(1 + g s) / 2``, with ``g`` the change of the score from one round to
-    the next over the largest change so far, in ``[-1, 1]``, and ``s`` what the arm added in between
+    The reward of an arm is ``(1 + g s) / 2``, with ``g`` the change of the score since it was last
+    known over the largest change so far, in ``[-1, 1]``, and ``s`` what the arm added in between
     over what the arm that added most did, in ``[0, 1]``.
 
     Example:
         >>> gain = MeasuredGain()
-        >>> gain.added(torch.tensor([10, 5, 0]), score=0.5)
+        >>> gain.rewards(score=0.5, n_arms=3)  # nothing to compare it with yet
+        >>> gain.added(torch.tensor([10, 5, 0]))
         >>> gain.rewards(score=0.7, n_arms=3)
         tensor([1.0000, 0.7500,    nan], dtype=torch.float64)
     """
 
     def __init__(self) -> None:
         self._before: float | None = None
-        self._counts: Tensor | None = None
+        self._counts = torch.zeros(0, dtype=torch.float64)
         self._largest = 0.0
 
-    def added(self, counts: Tensor, score: float | None) -> None:
-        """Note what a round adds.
-
-        Args:
-            counts: ``(K,)`` samples added of each source.
-            score: The score before, the greater the better; None where it is not known.
-        """
-        self._counts, self._before = counts.double(), score
+    def added(self, counts: Tensor) -> None:
+        """Note the ``(K,)`` samples of each source that a round adds."""
+        self._counts = _padded(self._counts, len(counts), 0.0) + counts
 
     def rewards(self, score: float | None, n_arms: int) -> Tensor | None:
-        """Rewards of what was added last, given the score after; None where it is not known.
+        """Rewards of what was added since the score was last known.
 
         Args:
-            score: The score, the greater the better.
+            score: The score, the greater the better; None, or not finite, where it is not known.
             n_arms: Number of sources ``K``, of which the last may have come since.
 
         Returns:
-            ``(K,)`` float64 in ``[0, 1]``; NaN for an arm that added nothing.
+            ``(K,)`` float64 in ``[0, 1]``; NaN for an arm that added nothing. None where the score
+            is not known, or not known from before.
         """
-        if self._counts is None or self._before is None or score is None:
+        if score is None or not math.isfinite(score):
             return None
-        change = score - self._before
+        before, self._before = self._before, score
+        counts, self._counts = self._counts, torch.zeros(0, dtype=torch.float64)
+        if before is None or not len(counts):
+            return None
+        change = score - before
         self._largest = max(self._largest, abs(change))
         gain = change / self._largest if self._largest > 0 else 0.0
-        shares = self._counts / self._counts.max().clamp(min=1)
-        rewards = torch.where(self._counts > 0, (1 + gain * shares) / 2, torch.nan)
-        return torch.cat([rewards, rewards.new_full((n_arms - len(rewards),), torch.nan)])
+        shares = counts / counts.max().clamp(min=1)
+        rewards = torch.where(counts > 0, (1 + gain * shares) / 2, torch.nan)
+        return _padded(rewards, n_arms, torch.nan)
 
     def state_dict(self) -> dict[str, Any]:
         """What the next rewards depend on."""
@@ -169,3 +171,7 @@ class MeasuredGain:
         """Go on from a saved state."""
         self._before, self._counts = state["before"], state["counts"]
         self._largest = state["largest"]
+
+
+def _padded(numbers: Tensor, length: int, value: float) -> Tensor:
+    return torch.cat([numbers, numbers.new_full((length - len(numbers),), value)])

@@ -534,7 +534,8 @@ def test_a_resumed_run_asks_the_same_after_a_warm_start(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("quality, relevance", "not JSON"),
+        ("quality, relevance", "cannot be read"),
+        ('{"columns": COLUMNS}', "columns"),
         ("[]", "has None"),
         ('{"columns": ["quality", "score"], "runs": []}', "stability"),
         ('{"columns": COLUMNS, "runs": [[[0.5, 0.5]]]}', "8 numbers"),
@@ -546,3 +547,5 @@ def test_files_of_another_kind_are_refused(tmp_path, text, message):
     path.write_text(text.replace("COLUMNS", json.dumps([*METRICS, "progress", "score"])))
     with pytest.raises(StateError, match=message):
         BayesianWeights(warm_start=path)
+    with pytest.raises(StateError, match="cannot be read"):
+        BayesianWeights(warm_start=tmp_path / "none.json")

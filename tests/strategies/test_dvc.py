@@ -253,6 +253,32 @@ def test_gain_rewards_what_was_added_before_the_score_rose():
     assert figures_of(third, run, "reward") == pytest.approx(expected, nan_ok=True)
 
 
+def test_what_is_taken_back_can_be_replaced_within_the_shares():
+    run = Run(DVC(), {"good": Source(good(), max_share=0.5), "wrong": wrong(30)})
+    run.all()
+    assert len(run.selected) == BUDGET
+
+
+def test_rounds_that_look_at_nothing_are_not_forgotten():
+    run = Run(DVC(window=2, refine=True, take_back=0.0), {"good": good(), "wrong": wrong()})
+    run.all()
+    before = run.strategy.state_dict()["bandit"]
+    for _ in range(3):
+        assert len(run.round().add) == 0
+    assert torch.equal(run.strategy.state_dict()["bandit"]["counts"], before["counts"])
+
+
+def test_the_weights_in_force_are_told_with_the_score():
+    weights = BayesianWeights()
+    run = Run(DVC(weights), reference=False)
+    choice = run.round()
+    run.strategy.observe(0.5)
+    run.round()
+    ((*told, _, score),) = weights.state_dict()["observations"]
+    assert told == choice.weights.tolist()
+    assert (told[1], score) == (0, 0.5)
+
+
 @pytest.mark.parametrize(("blend", "held_out"), [(0, 1.0), (60, 0.5), (None, 0.0)])
 def test_relevance_counts_as_much_as_the_reference_is_held_out(blend, held_out):
     weights = FixedWeights({"relevance": 1, "uncertainty": 1})

@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 from helpers import oracles
 from hypothesis import given, settings
@@ -129,36 +130,47 @@ def test_mean_by_arm_is_the_mean_of_each_arms_own(candidates):
 
 def test_gain_is_shared_by_what_was_added_and_scaled_by_the_largest_change():
     gain = MeasuredGain()
-    assert gain.rewards(0.5, 3) is None  # nothing was added yet
-    gain.added(torch.tensor([4, 2, 0]), score=None)
-    assert gain.rewards(0.5, 3) is None  # the score before is not known
+    gain.added(torch.tensor([4, 2, 0]))
+    assert gain.rewards(0.5, 3) is None  # there is no score from before
+    assert gain.rewards(0.5, 3) is None  # nothing was added in between
     expected = [
-        ([4, 2, 0], 0.5, 0.7, [1.0, 0.75, math.nan]),
-        ([0, 3, 3], 0.7, 0.6, [math.nan, 0.25, 0.25]),  # half the largest change, downwards
-        ([5, 5, 1], 0.6, 0.6, [0.5, 0.5, 0.5]),
+        ([4, 2, 0], 0.7, [1.0, 0.75, math.nan]),
+        ([0, 3, 3], 0.6, [math.nan, 0.25, 0.25]),  # half the largest change, downwards
+        ([5, 5, 1], 0.6, [0.5, 0.5, 0.5]),
     ]
-    for counts, before, after, rewards in expected:
-        gain.added(torch.tensor(counts), before)
-        assert gain.rewards(None, 3) is None
-        found = gain.rewards(after, 3)
+    for counts, score, rewards in expected:
+        gain.added(torch.tensor(counts))
+        found = gain.rewards(score, 3)
         torch.testing.assert_close(
             found, torch.tensor(rewards, dtype=torch.float64), equal_nan=True
         )
 
 
+@pytest.mark.parametrize("unknown", [None, math.nan, math.inf])
+def test_what_is_added_while_no_score_is_known_counts_when_one_is(unknown):
+    gain = MeasuredGain()
+    gain.rewards(0.5, 2)
+    gain.added(torch.tensor([1, 0]))
+    assert gain.rewards(unknown, 2) is None
+    gain.added(torch.tensor([1, 1]))
+    assert gain.rewards(0.75, 2).tolist() == [1.0, 0.75]
+
+
 def test_scores_that_never_change_and_rounds_that_add_nothing_are_worth_nothing():
     gain = MeasuredGain()
-    gain.added(torch.tensor([1, 0]), 0.5)
+    gain.rewards(0.5, 2)
+    gain.added(torch.tensor([1, 0]))
     assert gain.rewards(0.5, 2)[0] == 0.5
-    gain.added(torch.tensor([0, 0]), 0.5)
+    gain.added(torch.tensor([0, 0]))
     assert gain.rewards(0.9, 2).isnan().all()
 
 
 def test_gain_goes_on_from_its_state(tmp_path):
     gain, again = MeasuredGain(), MeasuredGain()
-    gain.added(torch.tensor([4, 2]), 0.5)
+    gain.rewards(0.5, 2)
+    gain.added(torch.tensor([4, 2]))
     gain.rewards(0.9, 2)
-    gain.added(torch.tensor([1, 2]), 0.9)
+    gain.added(torch.tensor([1, 2]))
     torch.save(gain.state_dict(), tmp_path / "state.pt")
     again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert torch.equal(gain.rewards(0.8, 2), again.rewards(0.8, 2))
@@ -166,9 +178,7 @@ def test_gain_goes_on_from_its_state(tmp_path):
 
 def test_a_source_added_since_has_no_gain_yet():
     gain = MeasuredGain()
-    gain.added(torch.tensor([4, 2]), 0.5)
-    torch.testing.assert_close(
-        gain.rewards(0.9, 3),
-        torch.tensor([1.0, 0.75, math.nan], dtype=torch.float64),
-        equal_nan=True,
-    )
+    gain.rewards(0.5, 2)
+    gain.added(torch.tensor([4, 2]))
+    expected = torch.tensor([1.0, 0.75, math.nan], dtype=torch.float64)
+    torch.testing.assert_close(gain.rewards(0.9, 3), expected, equal_nan=True)
