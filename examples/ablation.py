@@ -8,7 +8,6 @@ the way from random to clean-only selection, averaged over seeds. ``--table`` pr
 import argparse
 import csv
 import multiprocessing
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -225,26 +224,47 @@ def wanted(datasets: Sequence[str], variants: Sequence[str], seeds: int) -> Iter
 def table(done: Mapping[Job, Row]) -> str:
     """Gains over random, divided by the gaps between random and clean-only, per variant and cell.
 
-    Both are added up over seeds first, and in the last column over cells, so that a seed or a cell
-    in which random and clean-only hardly differ does not rule.
+    Both are added up over seeds first, and in ``all`` over cells, so that a seed or a cell in which
+    random and clean-only hardly differ does not rule. The last column is how much more or less
+    that is than by the defaults, seed by seed, with the standard error of the mean.
     """
-    gains: dict[tuple[str, int], dict[tuple[str, float], list[tuple[float, float]]]] = {}
+    gains: dict[tuple[str, int], dict[tuple[str, float, int], tuple[float, float]]] = {}
     for job, row in done.items():
         ends = [done.get(job._replace(variant=reference)) for reference in REFERENCES]
         if job.variant not in REFERENCES and None not in ends:
             low, high = (end.accuracy for end in ends if end is not None)
-            of_variant = gains.setdefault((job.variant, job.n_val), defaultdict(list))
-            of_variant[job.dataset, job.budget].append((row.accuracy - low, high - low))
-    cells = sorted({cell for found in gains.values() for cell in found}, key=_place)
+            of_variant = gains.setdefault((job.variant, job.n_val), {})
+            of_variant[job.dataset, job.budget, job.seed] = (row.accuracy - low, high - low)
+    cells = sorted({run[:2] for found in gains.values() for run in found}, key=_place)
     heads = ["variant", "val", *(f"{name} {budget:.0%}" for name, budget in cells), "all"]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    lines = [
+        f"| {' | '.join([*heads, 'more than the defaults'])} |",
+        "|---" * (len(heads) + 1) + "|",
+    ]
     order = list(VARIANTS)
     for variant, n_val in sorted(gains, key=lambda key: (order.index(key[0]), key[1])):
-        found = gains[variant, n_val]
-        shares = [_share(found[cell]) for cell in cells]
-        shares.append(_share([pair for pairs in found.values() for pair in pairs]))
-        lines.append(f"| {variant} | {n_val} | {' | '.join(f'{x:.0%}' for x in shares)} |")
+        found, usual = gains[variant, n_val], gains.get(("defaults", n_val), {})
+        shares = [_share([v for run, v in found.items() if run[:2] == cell]) for cell in cells]
+        shares.append(_share(list(found.values())))
+        figures = " | ".join(f"{x:.0%}" for x in shares)
+        lines.append(f"| {variant} | {n_val} | {figures} | {_difference(found, usual)} |")
     return "\n".join(lines)
+
+
+def _difference(
+    found: Mapping[tuple[str, float, int], tuple[float, float]],
+    usual: Mapping[tuple[str, float, int], tuple[float, float]],
+) -> str:
+    """Mean difference of two variants over the seeds that both have in full."""
+    seeds = sorted({run[2] for run in found})
+    both = [
+        [_share([v for run, v in each.items() if run[2] == seed]) for seed in seeds]
+        for each in (found, usual)
+    ]
+    if found is usual or len(seeds) < 2:
+        return ""
+    differences = np.array(both[0]) - np.array(both[1])
+    return f"{differences.mean():+.0%} ± {differences.std(ddof=1) / len(seeds) ** 0.5:.0%}"
 
 
 def _place(cell: tuple[str, float]) -> tuple[int, float]:
