@@ -53,9 +53,10 @@ class DVCCallback(Callback):
             count.
         max_overhead: Share of the run's wall time that selection may take, in ``(0, 1]``. While it
             has taken more, a round that is due is left out, and those that follow add more; the
-            first and the last always take place. The log says how many were left out. On small models,
-            where every round takes too long, that costs much of the gain (docs/results.md). Which ones
-            depends on the clock, so such a run cannot be repeated exactly. No limit when not given.
+            first and the last always take place. The log says how many were left out; which ones
+            depends on the clock, so such a run cannot be repeated exactly. On small models, where
+            every round takes too long, it costs much of the gain (docs/results.md). No limit when
+            not given.
         objective: A function ``(module, batch)`` that returns per-sample ``(losses, outputs)`` or
             ``(losses, outputs, targets)``; needed only for a ``training_step`` whose loss is not
             made of torch's loss functions, or that optimises manually. A method
