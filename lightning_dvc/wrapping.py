@@ -60,6 +60,9 @@ class WrappingDataModule(DVCDataModule):
         if selection is not None:
             budget = max(len(selection), 1)
         assert budget is not None, "checked above"
+        # LightningCLI may read a count as a float, where None is allowed too.
+        if budget > 1 and float(budget).is_integer():
+            budget = int(budget)
         self._start(budget, seed, warmup, rounds, oversample)
         self.wrapped = datamodule
         self._given_sources = sources

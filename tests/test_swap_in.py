@@ -654,6 +654,12 @@ def test_what_cannot_be_wrapped_is_refused_at_once(theirs, settings, message):
         DVCDataModule.wrap(theirs, **settings)
 
 
+def test_a_count_may_have_been_read_as_a_float():
+    assert set_up(BoringDataModule(), budget=20.0).budget == 20
+    with pytest.raises(ConfigurationError, match=r"but is 1\.5"):
+        set_up(BoringDataModule(), budget=1.5)
+
+
 def test_separate_datasets_need_not_be_in_the_training_set():
     datasets = {"good": good(30), "other": TensorDataset(*labelled(20, 3))}
     assert set_up(Validating(lambda train: []), datasets).pools.sizes == [30, 20]
