@@ -201,6 +201,7 @@ class DVCCallback(Callback):
             adapts=adapts,
             exact_numbers=self.exact_numbers,
             num_workers=datamodule.loading.num_workers,
+            worker_settings=datamodule.loading.of_workers,
             on_bad_sample=self.on_bad_sample,
         )
         if self.rounds_done == 0:  # anew, since a tuner may have changed the batch size

@@ -355,9 +355,10 @@ class DVCDataModule(LightningDataModule):
         ``limit_train_batches`` and the number of processes make them, up to ``max_epochs`` or
         ``max_steps``. It is exact if every round adds all that it is to add. A round that adds
         less, is left out or takes samples back makes the run shorter than this, never longer, and
-        so does whatever stops training early. A resumed run gets the same number. It goes by the
-        batch size of the moment, so let ``Tuner.scale_batch_size`` find one before the fit. With
-        manual optimisation, a batch counts as one step.
+        so does whatever stops training early, or a ``GradientAccumulationScheduler``. A resumed run
+        gets the same number. It goes by the batch size of the moment, so let
+        ``Tuner.scale_batch_size`` find one before the fit. With manual optimisation, a batch counts
+        as one step.
 
         Args:
             trainer: The one that fits, ``self.trainer`` of a LightningModule.
@@ -531,28 +532,36 @@ class DVCDataModule(LightningDataModule):
         samples that it was first a fraction of.
 
         Raises:
-            StateError: If it was made from other sources, or these are not the first ones, or if it
-                does not fit within the budget.
+            StateError: If it was made from other sources, or these are not the first ones, if it
+                does not fit within the budget, or if it is not the selection that was adopted.
         """
         if self._stage not in (None, "fit"):
             return
-        self._saved = state_dict
-        if self._pools is not None and state_dict:
-            budget, budget_of = self.budget, state_dict["budget_of"]
-            if isinstance(self._given_budget, float):
-                budget = resolve_budget(self._given_budget, budget_of)
-            n_selected = len(state_dict["record"]["ids"])
-            if n_selected > budget:
-                raise StateError(
-                    f"expected a checkpoint with at most {budget} selected samples, the budget, "
-                    f"but it has {n_selected}; give a budget of at least {n_selected}, or start "
-                    "selection anew"
-                )
-            self._pools.load_state_dict(state_dict["pools"])
-            self._record.load_state_dict(state_dict["record"])
-            self._current_sampler.select(self._record.ids)
-            self.budget, self._budget_of = budget, budget_of
-            self._saved = None
+        if self._pools is None or not state_dict:
+            self._saved = state_dict
+            return
+        budget, budget_of = self.budget, state_dict["budget_of"]
+        if isinstance(self._given_budget, float):
+            budget = resolve_budget(self._given_budget, budget_of)
+        n_selected = len(state_dict["record"]["ids"])
+        if self._adopted and not torch.equal(state_dict["record"]["ids"], self._record.ids):
+            raise StateError(
+                f"expected a checkpoint of a run on the {len(self._record.ids)} samples that "
+                f"were adopted, but it has other ones selected ({n_selected}); to train on the "
+                "adopted ones from its parameters, load those into the model and give no "
+                "ckpt_path, and to go on selecting, give the sources and a budget"
+            )
+        if n_selected > budget:
+            raise StateError(
+                f"expected a checkpoint with at most {budget} selected samples, the budget, "
+                f"but it has {n_selected}; give a budget of at least {n_selected}, or start "
+                "selection anew"
+            )
+        self._pools.load_state_dict(state_dict["pools"])
+        self._record.load_state_dict(state_dict["record"])
+        self._current_sampler.select(self._record.ids)
+        self.budget, self._budget_of = budget, budget_of
+        self._saved = None
 
 
 def checked_reference(reference: AnyDataset) -> AnyDataset:

@@ -82,6 +82,12 @@ class LoaderSettings:
                 f"batch_size={self.batch_size} and num_workers={self.num_workers}; change them"
             )
 
+    @property
+    def of_workers(self) -> dict[str, Any]:
+        """What concerns worker processes only, but for whether they persist."""
+        names = ("timeout", "worker_init_fn", "multiprocessing_context", "prefetch_factor")
+        return {name: getattr(self, name) for name in names}
+
     def loader(self, dataset: Dataset[Any]) -> DataLoader[Any]:
         """Make a loader that goes through a dataset in order."""
         return DataLoader(dataset, **vars(self))

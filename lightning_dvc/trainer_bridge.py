@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 
 from lightning_dvc.capture.guard import preserve_random_state
@@ -130,6 +130,13 @@ def _go_on_with_validation(loop: Any) -> None:
     validation = loop.val_loop.batch_progress
     validation.reset()
     validation.total.ready = validation.total.started = 1
+
+
+def share_hyperparameters(source: LightningDataModule, target: LightningDataModule) -> None:
+    """Log and save hyperparameters, or not, as another datamodule would."""
+    target._log_hyperparams = source._log_hyperparams
+    # There only once it has saved some.
+    target._hparams_name = getattr(source, "_hparams_name", None)  # type: ignore[attr-defined]
 
 
 def is_overfitting(trainer: Any) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 from typing_extensions import override
 
+from lightning_dvc import trainer_bridge
 from lightning_dvc.capture.guard import preserve_random_state
 from lightning_dvc.datamodule import DVCDataModule, Sources, SourcesInside, checked_reference
 from lightning_dvc.errors import ConfigurationError
@@ -72,9 +73,7 @@ class WrappingDataModule(DVCDataModule):
         self.allow_zero_length_dataloader_with_multiple_devices = (
             datamodule.allow_zero_length_dataloader_with_multiple_devices
         )
-        # Where Lightning looks for whether to log the hyperparameters, and what to save them as.
-        self._log_hyperparams = datamodule._log_hyperparams
-        self._hparams_name = getattr(datamodule, "_hparams_name", None)
+        trainer_bridge.share_hyperparameters(datamodule, self)
         for name in _KEPT:
             # Only what it overrides: Lightning prefers a hook of the datamodule to the model's.
             if is_overridden(name, datamodule):

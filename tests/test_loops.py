@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     Callback,
     EarlyStopping,
+    GradientAccumulationScheduler,
     LearningRateFinder,
     ModelCheckpoint,
 )
@@ -276,6 +277,13 @@ def test_as_many_steps_are_taken_as_planned(settings, steps):
     run, net, _ = fit(datamodule, Scheduled(), limit_val_batches=0, **settings)
     assert run.global_step == net.planned == steps
     assert net.schedule.last_epoch == steps  # which it counts, too
+
+
+def test_a_schedule_of_accumulation_takes_fewer_steps_than_planned():
+    schedule = GradientAccumulationScheduler({2: 2})
+    run, net, _ = fit(net=Scheduled(), limit_val_batches=0, callbacks=[schedule])
+    assert net.planned == 25
+    assert run.global_step == 3 + 6 + 4 + 4
 
 
 def test_no_more_steps_are_taken_than_lightning_estimates():

@@ -6,6 +6,7 @@ from helpers.problems import WIDTH, Net, good, trainer, wrong
 from torch import nn
 
 from lightning_dvc import DVC, DVCCallback, DVCDataModule, FixedWeights, Random
+from lightning_dvc.errors import CaptureError
 
 
 def fit(net, callback=None, **settings):
@@ -49,9 +50,16 @@ class Mixed(Net):
 
 # --- precision ---------------------------------------------------------------------------------
 
-# Lightning trains with bf16 instead of 16-mixed on a CPU. 16-true is left out: there no loss or
-# gradient of a sample is finite.
-PRECISIONS = ["bf16-mixed", "bf16-true", "64-true", "16-mixed"]
+# Lightning trains with bf16 instead of 16-mixed on a CPU.
+PRECISIONS = ["bf16-mixed", "bf16-true", "64-true", "16-mixed", "16-true"]
+
+
+def with_eps(net):
+    """A module whose optimiser divides by what is not 0 in float16."""
+    optimizer = net.configure_optimizers()
+    optimizer.param_groups[0]["eps"] = 1e-4
+    net.configure_optimizers = lambda: optimizer
+    return net
 
 
 @pytest.mark.filterwarnings("ignore:.*AMP with fp16 is not supported on CPU:UserWarning")
@@ -60,7 +68,8 @@ PRECISIONS = ["bf16-mixed", "bf16-true", "64-true", "16-mixed"]
 def test_selection_in_every_precision(precision, net):
     layers = None if net is Net else ["words", "image", "norm", "body", "head"]
     callback = DVCCallback(every_metric(), monitor="val_acc", layers=layers)
-    datamodule, _ = fit(net(), callback, precision=precision)
+    model = with_eps(net()) if precision == "16-true" else net()
+    datamodule, _ = fit(model, callback, precision=precision)
     table = datamodule.selection
     assert table.raw[table.round > 0].isfinite().all()
     assert share_of_wrong(table) < 0.15  # half of what is drawn at first
@@ -76,6 +85,13 @@ def test_other_densities_and_caches_take_every_precision(precision):
     table = datamodule.selection
     assert table.raw[table.round > 0].isfinite().all()
     assert "projected" in callback.layer_forms.values()
+
+
+def test_training_that_has_diverged_is_told_apart_from_bad_samples():
+    # Adam's eps of 1e-8 is 0 in float16, so that training divides by 0.
+    message = r"'body.weight', .* are not finite, so training had diverged .* raise eps of Adam"
+    with pytest.raises(CaptureError, match=message):
+        fit(Net(), precision="16-true")
 
 
 # --- torch.compile -----------------------------------------------------------------------------

@@ -302,6 +302,23 @@ def test_a_budget_below_what_is_selected_is_refused(tmp_path):
         resume(tmp_path / "2", datamodule(budget=20, wrapped=True), data={"wrapped": True})
 
 
+def test_an_adopted_selection_is_not_replaced_by_that_of_a_checkpoint(tmp_path):
+    module = datamodule()
+    ids = resume(tmp_path, module).selected_ids
+    sources = {"good": good(60), "wrong": wrong(60)}
+    adopted = DVCDataModule.from_selection(module.selection, sources, batch_size=8)
+    message = r"on the 48 samples that were adopted, but it has other ones selected \(\d+\)"
+    with pytest.raises(StateError, match=message):
+        trainer().fit(Net(), adopted, ckpt_path=saved(tmp_path / "begun")[0])
+    assert torch.equal(adopted.selected_ids, ids)
+    # Its own checkpoints are gone on from.
+    saver = ModelCheckpoint(tmp_path / "own", filename="one")
+    trainer(callbacks=[saver], enable_checkpointing=True, max_epochs=1).fit(Net(), adopted)
+    again = DVCDataModule.from_selection(module.selection, sources, batch_size=8)
+    trainer(max_epochs=2).fit(Net(), again, ckpt_path=tmp_path / "own" / "one.ckpt")
+    assert torch.equal(again.selected_ids, ids)
+
+
 def test_a_datamodule_of_another_class_is_refused(tmp_path):
     sources = {"good": good(60), "wrong": wrong(60)}
     module = Mine(sources, good(30, seed=50), budget=48, rounds=3, warmup=0.3)

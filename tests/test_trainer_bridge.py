@@ -8,7 +8,7 @@ import lightning
 import pytest
 import torch
 from helpers.problems import Net, good, trainer
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from torch.utils.data import DataLoader
@@ -57,12 +57,20 @@ def test_lightning_still_has_what_the_bridge_uses():
     assert missing == [], f"{VERSION} has no longer what trainer_bridge.py uses"
     assert callable(Net()._on_before_batch_transfer), VERSION
 
+    class Saving(LightningDataModule):
+        def __init__(self, d=1):
+            super().__init__()
+            self.save_hyperparameters()
+
+    assert (Saving()._log_hyperparams, Saving()._hparams_name) == (True, "kwargs"), VERSION
+
 
 def test_all_private_names_of_the_bridge_are_looked_for():
     used = set(re.findall(r"\.(_[a-z]\w+)", Path(trainer_bridge.__file__).read_text("utf-8")))
     listed = {name for path in PRIVATE for name in path.split(".") if name.startswith("_")}
-    # The first is of a module, the second exists only where validation goes by time.
-    assert used <= listed | {"_on_before_batch_transfer", "_last_val_time"}
+    # The first three are of modules, the last exists only where validation goes by time.
+    others = {"_on_before_batch_transfer", "_log_hyperparams", "_hparams_name", "_last_val_time"}
+    assert used <= listed | others
 
 
 @pytest.mark.parametrize(
@@ -95,7 +103,10 @@ def test_a_missing_name_is_found():
 
 def test_only_the_bridge_uses_what_is_private():
     package = Path(trainer_bridge.__file__).parent
-    private = re.compile(r"(trainer|pl_module|strategy|_loop)\._[a-z]|fit_loop|_on_before_batch")
+    private = re.compile(
+        r"(trainer|module|strategy|_loop|wrapped)\._(?!adopt\b|buffers\b)[a-z]|fit_loop|_on_before_batch"
+        r"|_log_hyperparams|_hparams_name"
+    )
     files = {path.name: path.read_text(encoding="utf-8") for path in package.rglob("*.py")}
     users = {name for name, source in files.items() if private.search(source)}
     assert users == {"trainer_bridge.py"}

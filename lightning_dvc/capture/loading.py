@@ -108,7 +108,12 @@ class _TolerantCollate:
 
 
 def load_batches(
-    dataset: Dataset[Any], ids: Tensor, collate: Collate, batch_size: int, num_workers: int
+    dataset: Dataset[Any],
+    ids: Tensor,
+    collate: Collate,
+    batch_size: int,
+    num_workers: int,
+    **worker_settings: Any,
 ) -> Iterator[LoadedBatch]:
     """Read samples in the given order.
 
@@ -118,6 +123,8 @@ def load_batches(
         collate: The user's collate function.
         batch_size: Samples in a batch.
         num_workers: Worker processes; 0 reads in this one.
+        worker_settings: Further arguments of ``DataLoader`` that concern worker processes; not used
+            without them.
 
     Yields:
         Batches in order.
@@ -130,5 +137,6 @@ def load_batches(
         collate_fn=_TolerantCollate(collate),
         # A loader without its own generator draws a seed from the global one.
         generator=torch.Generator(),
+        **(worker_settings if num_workers else {}),
     )
     yield from loader

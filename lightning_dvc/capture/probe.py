@@ -1,10 +1,10 @@
 """A look at samples through the user's model, as it is now and as it recently was."""
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
@@ -66,6 +66,7 @@ class Probe:
         exact_numbers: Most numbers in the full gradients of all layers together; the largest layers
             beyond it are projected, see :mod:`lightning_dvc.capture.projection`.
         num_workers: Loader processes.
+        worker_settings: Further arguments of ``DataLoader`` that concern these.
         on_bad_sample: ``"set_aside"`` or ``"raise"``.
     """
 
@@ -79,6 +80,7 @@ class Probe:
     adapts: bool = True
     exact_numbers: int = 2**23
     num_workers: int = 0
+    worker_settings: Mapping[str, Any] = field(default_factory=dict)
     on_bad_sample: str = "set_aside"
     bad: list[BadSample] = field(default_factory=list, init=False)
     like: list[LayerGradients] = field(default_factory=list, init=False)
@@ -151,7 +153,9 @@ class Probe:
             BadSampleError: If a sample fails and ``on_bad_sample`` is ``"raise"``.
             CaptureError: If a named layer is never reached.
         """
-        batches = load_batches(dataset, ids, self.collate, self.batch_size, self.num_workers)
+        batches = load_batches(
+            dataset, ids, self.collate, self.batch_size, self.num_workers, **self.worker_settings
+        )
         for loaded in batches:
             self._note_bad(loaded.bad)
             if len(loaded.ids):
@@ -180,12 +184,27 @@ class Probe:
                 take(captured)
             parts.append(replace(captured, gradients=[]))
         if not parts:
-            reasons = "; ".join(entry.reason for entry in self.bad[-3:])
-            raise CaptureError(
-                f"none of {len(ids)} samples could be passed through the model; the last reasons: "
-                f"{reasons or 'no samples were given'}"
-            )
+            self.give_up(len(ids))
         return join(parts)
+
+    def give_up(self, n_samples: int) -> NoReturn:
+        """Tell why not one of so many samples could be used.
+
+        Raises:
+            CaptureError: Always.
+        """
+        reasons = "; ".join(entry.reason for entry in self.bad[-3:])
+        named = self.module.named_parameters()
+        diverged = [name for name, parameter in named if not bool(parameter.isfinite().all())]
+        if diverged:
+            reasons += (
+                f"; the parameters {diverged[:3]} are not finite, so training had diverged before: "
+                "lower the learning rate, or raise eps of Adam, which is 0 in float16"
+            )
+        raise CaptureError(
+            f"none of {n_samples} samples could be passed through the model; the last reasons: "
+            f"{reasons or 'no samples were given'}"
+        )
 
     def look(
         self,

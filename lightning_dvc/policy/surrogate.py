@@ -13,7 +13,8 @@ from torch import Tensor
 
 with warnings.catch_warnings():
     # linear_operator, which BoTorch imports, still decorates functions with torch.jit.script.
-    warnings.filterwarnings("ignore", r"`torch\.jit\.script", DeprecationWarning)
+    # Up to torch 2.13 that is a DeprecationWarning, from 2.14 on a FutureWarning.
+    warnings.filterwarnings("ignore", r"`torch\.jit\.script")
     from botorch.acquisition.acquisition import AcquisitionFunction
     from botorch.acquisition.logei import qLogNoisyExpectedImprovement
     from botorch.exceptions.errors import BotorchError, ModelFittingError

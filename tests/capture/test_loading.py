@@ -163,3 +163,23 @@ def test_a_batch_read_at_once_is_told_apart_where_that_fails(bad):
     read = torch.cat([batch.batch for batch in batches]).tolist()
     assert read == [i for i in range(6) if i not in bad]
     assert [entry.id for batch in batches for entry in batch.bad] == sorted(bad)
+
+
+class Marked(Rows):
+    """Rows of ones where a worker was set up, as a project might open files there."""
+
+    def __getitem__(self, i):
+        return torch.full((self.width,), float(self.width == 7))
+
+
+def _widen(worker):
+    torch.utils.data.get_worker_info().dataset._dataset.width = 7
+
+
+def test_workers_are_set_up_as_those_of_training():
+    ids = torch.arange(4)
+    settings = {"worker_init_fn": _widen, "multiprocessing_context": "fork", "timeout": 60}
+    (found,) = load_batches(Marked(), ids, default_collate, 4, 1, **settings)
+    assert torch.equal(found.batch, torch.ones(4, 7))
+    (found,) = load_batches(Marked(), ids, default_collate, 4, 0, **settings)  # no workers
+    assert torch.equal(found.batch, torch.zeros(4, 3))
