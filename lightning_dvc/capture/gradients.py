@@ -144,6 +144,17 @@ class LayerGradients(ABC):
         self.accumulate(total)
         return total
 
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """The sum of all gradients, each times its weight, a full gradient.
+
+        Args:
+            weights: ``(n,)``.
+        """
+        weights, total = weights.to(self.like), self.like.new_zeros(self.full_shape)
+        for rows, part in self.parts():
+            total += torch.tensordot(weights[rows], part.formed().gradients, 1)
+        return total
+
 
 class Positional(LayerGradients):
     """Gradients kept position by position."""
@@ -154,6 +165,11 @@ class Positional(LayerGradients):
     @abstractmethod
     def padded(self, positions: int) -> "Positional":
         """The same with more positions, at which nothing happens."""
+
+    @override
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        weighted = self.deltas * weights.to(self.like)[:, None, None]
+        return self.restored({**self.tensors(), "deltas": weighted}).sum()
 
 
 class OuterProducts(Positional):

@@ -1,6 +1,8 @@
 """What a way of choosing gets to see in a round, and what it has to offer."""
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -12,6 +14,7 @@ from lightning_dvc.capture.probe import Probe
 from lightning_dvc.distributed import Group
 from lightning_dvc.policy.budget import arm_bounds, round_quota
 from lightning_dvc.pools import Pools
+from lightning_dvc.randomness import stream
 from lightning_dvc.records import Choice
 from lightning_dvc.timing import Stopwatch
 
@@ -65,6 +68,42 @@ class Round:
         kept = len(self.selected) - n_removed
         wanted = round_quota(self.budget, kept, self.number, self.n_rounds)
         return min(wanted, int(self.pools.stock.sum()))
+
+    @property
+    def held_out(self) -> Tensor:
+        """``(m,)`` indices of the reference samples; none when there are none."""
+        if self.reference is None:
+            return torch.empty(0, dtype=torch.int64)
+        assert isinstance(self.reference, Sized), "the datamodule refuses others"
+        return torch.arange(len(self.reference))
+
+    def some(self, ids: Tensor, most: int, purpose: str) -> Tensor:
+        """At most so many of the ids, drawn at random, in their order.
+
+        Args:
+            ids: ``(n,)``.
+            most: How many, at least 0.
+            purpose: Names the random stream, see :func:`lightning_dvc.randomness.stream`.
+        """
+        if len(ids) <= most:
+            return ids
+        drawn = stream(self.seed, purpose, self.number).choice(len(ids), most, replace=False)
+        return ids[torch.from_numpy(drawn).sort().values]
+
+    @contextmanager
+    def looking_at_reference(self) -> Iterator[None]:
+        """What fails inside are reference samples: it is warned of, and the pools keep theirs."""
+        n_bad = len(self.probe.bad)
+        yield
+        # Their ids are not those of the pools.
+        if self.probe.bad[n_bad:]:
+            first = self.probe.bad[n_bad]
+            warnings.warn(
+                f"some reference samples cannot be used and are left out, for example number "
+                f"{first.id}: {first.reason}",
+                stacklevel=4,
+            )
+            del self.probe.bad[n_bad:]
 
     def arm_counts(self, removed: Tensor | None = None) -> Tensor:
         """``(K,)`` samples selected from each source, without those that this round takes back."""
@@ -124,3 +163,20 @@ class Strategy(Protocol):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state, before the first round."""
         ...
+
+
+class Stateless:
+    """A strategy that learns and remembers nothing from one round to the next."""
+
+    learns_from_score = False
+    refines = False
+
+    def observe(self, score: float) -> None:
+        """Nothing is learnt."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing is remembered."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Nothing to load."""

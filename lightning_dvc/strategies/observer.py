@@ -1,14 +1,12 @@
 """What DVC remembers of the model and of the samples it has seen, from round to round."""
 
-import warnings
-from collections.abc import Iterator, Mapping, Set, Sized
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from lightning_dvc.capture.cached import CachedProbe
 from lightning_dvc.capture.probe import Captured
@@ -20,7 +18,7 @@ from lightning_dvc.memory.near_duplicates import N_TABLES, NearDuplicates
 from lightning_dvc.memory.statistics import ExponentialMovingAverage, StreamingMedian
 from lightning_dvc.metrics.diversity import Density
 from lightning_dvc.metrics.relevance import ReferenceGradients, RelevanceReference
-from lightning_dvc.randomness import stream, torch_stream
+from lightning_dvc.randomness import torch_stream
 from lightning_dvc.strategies.base import Round
 from lightning_dvc.strategies.scoring import LayerStandards, Scores
 
@@ -247,34 +245,23 @@ class Observer:
 
     def _blends(self, this: Round) -> bool:
         """Whether held-out samples are so few that selected ones are to stand beside them."""
-        n = 0 if this.reference is None else _length(this.reference)
+        n = len(this.held_out)
         return 0 < min(n, self._settings.reference_size) < _ENOUGH * self._settings.blend
 
     def _look_at_reference(self, this: Round) -> tuple[Captured | None, list[ReferenceGradients]]:
         gradients: list[ReferenceGradients] = []
         if this.reference is None:
             return None, gradients
-        ids = _some(
-            torch.arange(_length(this.reference)), self._settings.reference_size, this, "reference"
-        )
-        n_bad = len(this.probe.bad)
+        ids = this.some(this.held_out, self._settings.reference_size, "reference")
         take = partial(_take, gradients, by_label=self._settings.class_relevance)
-        reference = this.probe.capture_all(this.reference, ids, take)
-        # Their ids are not those of the pools, of which nothing may be set aside for them.
-        if this.probe.bad[n_bad:]:
-            first = this.probe.bad[n_bad]
-            warnings.warn(
-                f"some reference samples cannot be used and are left out, for example number "
-                f"{first.id}: {first.reason}",
-                stacklevel=2,
-            )
-            del this.probe.bad[n_bad:]
+        with this.looking_at_reference():
+            reference = this.probe.capture_all(this.reference, ids, take)
         return reference, gradients
 
     def _look_at_selected(self, this: Round) -> tuple[Captured, list[ReferenceGradients]]:
         """A reservoir of the selection; more of it just in case, each process its part."""
         sizes = self._settings
-        ids = _some(this.selected, sizes.reservoir_size, this, "reservoir")
+        ids = this.some(this.selected, sizes.reservoir_size, "reservoir")
         gradients: list[ReferenceGradients] = []
         stands_in = this.reference is None or self._blends(this)
         by_label = stands_in and sizes.class_relevance
@@ -282,7 +269,7 @@ class Observer:
         wanted = stands_in or "gradient_impact" in self._needs
         reservoir = this.probe.capture_all(this.pools.dataset, ids, take if wanted else None)
         others = this.selected[~torch.isin(this.selected, ids)]
-        others = _some(others, sizes.review_size, this, "review")
+        others = this.some(others, sizes.review_size, "review")
         mine = this.group.shard(others, this.probe.batch_size)
         review = list(this.probe.capture(this.pools.dataset, mine, gradients=False))
         self._note(this, [reservoir])
@@ -354,11 +341,6 @@ class Observer:
         return ExactDensity(points, bandwidth_squared)
 
 
-def _length(dataset: Dataset[Any]) -> int:
-    assert isinstance(dataset, Sized), "the datamodule refuses others"
-    return len(dataset)
-
-
 def _take(gradients: list[ReferenceGradients], captured: Captured, *, by_label: bool) -> None:
     """Add a batch to what each layer has taken in."""
     if not gradients:
@@ -366,11 +348,3 @@ def _take(gradients: list[ReferenceGradients], captured: Captured, *, by_label: 
     labels = captured.labels if by_label else torch.full_like(captured.labels, -1)
     for layer, batch in zip(gradients, captured.gradients, strict=True):
         layer.add(batch, labels)
-
-
-def _some(ids: Tensor, most: int, this: Round, purpose: str) -> Tensor:
-    """At most so many of the ids, drawn at random, in their order."""
-    if len(ids) <= most:
-        return ids
-    drawn = stream(this.seed, purpose, this.number).choice(len(ids), most, replace=False)
-    return ids[torch.from_numpy(drawn).sort().values]

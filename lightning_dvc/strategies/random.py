@@ -1,25 +1,19 @@
 """The baseline: samples at random."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 
 from lightning_dvc.policy.budget import divide
 from lightning_dvc.records import Choice
-from lightning_dvc.strategies.base import Round
+from lightning_dvc.strategies.base import Round, Stateless
 
 
-class Random:
+class Random(Stateless):
     """Draws uniformly from all that is free, within the sources' shares; looks at no sample.
 
     Example:
         >>> Random().learns_from_score
         False
     """
-
-    learns_from_score = False
-    refines = False
 
     def choose(self, this: Round) -> Choice:
         """Draw the round's quota, from each source in proportion to its stock."""
@@ -32,13 +26,3 @@ class Random:
             for arm, count in enumerate(counts.tolist())
         ]
         return Choice.unscored(torch.cat(drawn))
-
-    def observe(self, score: float) -> None:
-        """Nothing is learnt."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing is remembered."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Nothing to load."""
