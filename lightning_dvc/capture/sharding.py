@@ -40,4 +40,8 @@ def unsharded(module: nn.Module) -> Iterator[None]:
 
 def _groups(part: FSDPModule) -> list[Any]:
     """Torch's records of what is sharded how; it tells them by no public name."""
-    return list(part._get_fsdp_state()._fsdp_param_groups)
+    state = part._get_fsdp_state()
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    # In older versions of torch, such as 2.8, there is one at most.
+    return [state._fsdp_param_group] if state._fsdp_param_group else []
