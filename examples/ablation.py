@@ -6,19 +6,19 @@ the way from random to clean-only selection, averaged over seeds. ``--table`` pr
 """
 
 import argparse
-import csv
-import multiprocessing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from examples import scratch
 from examples.compare import Problem, clean_and_random, deal_out, quiet, select
 from examples.datasets import LOADERS, Data
+from examples.runs import read_rows, run_all
 from lightning_dvc import DVC, BayesianWeights, FixedWeights
 from lightning_dvc.policy.weights import DEFAULT_WEIGHTS
 from lightning_dvc.records import METRICS
@@ -137,33 +137,7 @@ def problem_of(job: Job, data_dir: Path | None) -> Problem:
     return deal_out(data, job.seed, job.n_val, job.budget, tuning=True, **settings)
 
 
-def train_from_scratch(problem: Problem, chosen: Sequence[int], seed: int) -> float:
-    """Train a new model on chosen samples of all sources, without what a loader costs.
-
-    Returns:
-        Accuracy at the last step on the held-out rows.
-    """
-    torch.manual_seed(seed)
-    model = problem.model()
-    x, y = (
-        torch.cat([getattr(part, name) for part in problem.parts.values()])[list(chosen)]
-        for name in ("features", "labels")
-    )
-    optimizer = model.configure_optimizers()
-    order = torch.empty(0, dtype=torch.int64)
-    for _ in range(problem.steps):
-        if not len(order):
-            order = torch.randperm(len(x))
-        batch, order = order[: problem.batch_size], order[problem.batch_size :]
-        optimizer.zero_grad()
-        model.training_step((x[batch], y[batch]), 0).backward()
-        optimizer.step()
-    x, y = problem.test.tensors
-    with torch.no_grad():
-        return float((model(x).argmax(1) == y).float().mean())
-
-
-def run(job: Job, data_dir: Path | None) -> tuple[Job, Row]:
+def run(job: Job, data_dir: Path | None) -> dict[str, Any]:
     """Train from scratch on what the variant selects."""
     quiet()
     torch.set_num_threads(1)
@@ -171,7 +145,8 @@ def run(job: Job, data_dir: Path | None) -> tuple[Job, Row]:
     if job.variant in REFERENCES:
         _, clean, anything = clean_and_random(problem, job.seed)
         chosen = clean if job.variant == "clean" else anything
-        return job, Row(train_from_scratch(problem, chosen, job.seed))
+        model = scratch.train_on(problem, chosen, job.seed)
+        return job._asdict() | Row(scratch.judge(model, problem)[0])._asdict()
     variant = VARIANTS[job.variant]
     datamodule, callback, _, seconds = select(
         problem,
@@ -182,21 +157,19 @@ def run(job: Job, data_dir: Path | None) -> tuple[Job, Row]:
         callback_settings=variant.callback,
     )
     ids = datamodule.selected_ids
-    return job, Row(
-        train_from_scratch(problem, ids.tolist(), job.seed),
+    model = scratch.train_on(problem, ids.tolist(), job.seed)
+    row = Row(
+        scratch.judge(model, problem)[0],
         clean=float(problem.is_clean[ids].float().mean()),
         distinct=datamodule.selection.n_ever_selected / datamodule.budget,
         selection_s=sum(callback.watch.seconds.values()),
         run_s=seconds,
     )
+    return job._asdict() | row._asdict()
 
 
-def finished(path: Path) -> dict[Job, Row]:
-    """The rows written so far."""
-    if not path.exists():
-        return {}
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+def finished(rows: Iterable[Mapping[str, str]]) -> dict[Job, Row]:
+    """The runs that rows of the file tell of."""
     return {
         Job(
             row["variant"],
@@ -287,24 +260,16 @@ def main() -> None:
     parser.add_argument("--file", type=Path, default=Path("artefacts/ablation.csv"))
     parser.add_argument("--table", action="store_true", help="run nothing")
     arguments = parser.parse_args()
-    path = arguments.file
-    path.parent.mkdir(parents=True, exist_ok=True)
-    done = finished(path)
-    jobs = [
-        job
-        for job in wanted(arguments.datasets, arguments.variants, arguments.seeds)
-        if job not in done and not arguments.table
-    ]
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(arguments.processes) as pool, path.open("a", newline="") as file:
-        writer = csv.writer(file)
-        if not done:
-            writer.writerow((*Job._fields, *Row._fields))
-        for found in [pool.apply_async(run, (job, arguments.data_dir)) for job in jobs]:
-            job, row = found.get()
-            writer.writerow((*job, *(f"{number:.4f}" for number in row)))
-            file.flush()
-            done[job] = row
+    done = finished(read_rows(arguments.file))
+    if not arguments.table:
+        jobs = [
+            job
+            for job in wanted(arguments.datasets, arguments.variants, arguments.seeds)
+            if job not in done
+        ]
+        columns = (*Job._fields, *Row._fields)
+        one = partial(run, data_dir=arguments.data_dir)
+        done |= finished(run_all(jobs, one, arguments.file, columns, arguments.processes))
     print(table(done))
 
 

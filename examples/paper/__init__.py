@@ -1,0 +1,1 @@
+"""The paper's experiments: nine methods, six data sets, four budgets."""

@@ -1,0 +1,110 @@
+"""The paper's tables from one command each.
+
+Run ``python -m examples.paper table1 --data-dir DIR``; likewise ``sizes`` (Table 1 with other sizes
+of the validation set), ``table2`` (which metrics help) and ``table3`` (scale). Each writes one row
+per finished run to ``artefacts/paper/<table>.csv``, goes on where it stopped, and prints the table;
+with ``--only-report``, of what there is.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
+from pathlib import Path
+
+from examples.paper import report, scale
+from examples.paper.experiment import (
+    BUDGETS,
+    COLUMNS,
+    DATASETS,
+    FEW_OR_MANY,
+    N_VAL,
+    Job,
+    job_of,
+    runner,
+)
+from examples.paper.methods import METHODS, PARTS, WITHOUT_BUDGET
+from examples.runs import read_rows, run_all
+
+
+def jobs_of(table: str, seeds: Sequence[int], datasets: Sequence[str]) -> Iterator[Job]:
+    """The runs of a table, seed by seed, so that a part of them is a smaller table."""
+    for seed, dataset in product(seeds, datasets):
+        yield from _CELLS[table](dataset, seed)
+
+
+def _table1(dataset: str, seed: int) -> Iterator[Job]:
+    for name in WITHOUT_BUDGET:
+        yield Job(name, dataset, 1.0, N_VAL, seed)
+    for budget, name in product(BUDGETS, (*METHODS, "clean")):
+        yield Job(name, dataset, budget, N_VAL, seed)
+
+
+def _sizes(dataset: str, seed: int) -> Iterator[Job]:
+    if dataset in ("news", "adult", "mnist"):
+        for n_val in FEW_OR_MANY:
+            yield Job("validation", dataset, 1.0, n_val, seed)
+            for budget, name in product((0.1, 0.2), (*METHODS, "clean")):
+                yield Job(name, dataset, budget, n_val, seed)
+
+
+def _table2(dataset: str, seed: int) -> Iterator[Job]:
+    if dataset in ("mnist", "fashion_mnist"):
+        for budget, name in product((0.2, 0.3), PARTS):
+            yield Job(name, dataset, budget, N_VAL, seed)
+
+
+_CELLS: dict[str, Callable[[str, int], Iterator[Job]]] = {
+    "table1": _table1,
+    "sizes": _sizes,
+    "table2": _table2,
+}
+
+
+def main() -> None:
+    """Run what is not finished, and print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("table", choices=[*_CELLS, "table3"])
+    parser.add_argument("--data-dir", type=Path, help="files of the data sets; OpenML without")
+    parser.add_argument("--datasets", nargs="+", choices=list(DATASETS), default=list(DATASETS))
+    parser.add_argument("--methods", nargs="+", help="only some of them")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--rows", nargs="+", type=int, default=[6000, 12_000, 24_000])
+    parser.add_argument("--accelerator", choices=["cpu", "gpu"], default="cpu", help="of table3")
+    parser.add_argument("--processes", type=int, default=2, help="but for table3, which takes one")
+    parser.add_argument("--folder", type=Path, default=Path("artefacts/paper"))
+    parser.add_argument("--only-report", action="store_true", help="run nothing")
+    arguments = parser.parse_args()
+    path = arguments.folder / f"{arguments.table}.csv"
+    print(_table3(arguments, path) if arguments.table == "table3" else _tables(arguments, path))
+
+
+def _tables(arguments: argparse.Namespace, path: Path) -> str:
+    done = {job_of(row): row for row in read_rows(path)}
+    if not arguments.only_report:
+        wanted = jobs_of(arguments.table, arguments.seeds, arguments.datasets)
+        jobs = [job for job in wanted if job not in done and _is_wanted(job, arguments)]
+        rows = run_all(jobs, runner(arguments.data_dir), path, COLUMNS, arguments.processes)
+        done |= {job_of(row): row for row in rows}
+    if arguments.table == "table1":
+        report.draw(done, path.with_suffix(".svg"))
+    return report.REPORTS[arguments.table](done)
+
+
+def _table3(arguments: argparse.Namespace, path: Path) -> str:
+    done = {scale.job_of(row): row for row in read_rows(path)}
+    if not arguments.only_report:
+        wanted = scale.jobs_of(arguments.rows, arguments.seeds)
+        jobs = [job for job in wanted if job not in done and _is_wanted(job, arguments)]
+        run = scale.runner(arguments.data_dir, arguments.accelerator)
+        done |= {scale.job_of(row): row for row in run_all(jobs, run, path, scale.COLUMNS, 1)}
+    return report.table3(done)
+
+
+def _is_wanted(job: Job | scale.ScaleJob, arguments: argparse.Namespace) -> bool:
+    return not arguments.methods or job.method in arguments.methods
+
+
+if __name__ == "__main__":
+    main()

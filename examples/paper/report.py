@@ -1,0 +1,268 @@
+"""The paper's tables as Markdown, and plots, from the rows of finished runs."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from examples.paper.experiment import BUDGETS, DATASETS, N_VAL, Job
+from examples.paper.methods import METHODS, PARTS, REFERENCES, WITHOUT_BUDGET
+from examples.paper.scale import ScaleJob
+
+Rows = Mapping[Job, Mapping[str, str]]
+
+NAMES = {
+    "random": "Random",
+    "uncertainty": "Uncertainty",
+    "core_set": "Core-Set",
+    "gradient_matching": "Gradient Matching",
+    "data_shapley": "Data Shapley",
+    "influence": "Influence",
+    "meta_learning": "Meta-learning",
+    "data_efficient": "Data-efficient",
+    "dvc": "DVC",
+    "validation": "*validation set alone*",
+    "clean": "*truly clean samples*",
+    "full": "*whole pool*",
+    "full_long": "*whole pool, 4 x the steps*",
+}
+
+
+def numbers(rows: Rows, figure: str, job: Job) -> np.ndarray:
+    """A figure of every seed of a job, by seed; of those that have it."""
+    if job.method in WITHOUT_BUDGET:
+        job = job._replace(budget=1.0)
+    found = {
+        other.seed: float(row[figure])
+        for other, row in rows.items()
+        if other._replace(seed=0) == job._replace(seed=0)
+    }
+    values: np.ndarray = np.array([found[seed] for seed in sorted(found)])
+    return np.asarray(values[~np.isnan(values)])
+
+
+def cell(values: np.ndarray, percent: bool = True) -> str:
+    """Mean and standard deviation over seeds."""
+    if not len(values):
+        return "-"
+    scale = 100 if percent else 1
+    mean = f"{scale * values.mean():.1f}"
+    return f"{mean} ± {scale * values.std(ddof=1):.1f}" if len(values) > 1 else mean
+
+
+def markdown(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A table."""
+    both = [heads, ["---"] * len(heads), *lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in both)
+
+
+def table(rows: Rows, figure: str, budget: float, n_val: int = N_VAL) -> str:
+    """A figure of all methods on all data sets, for one budget."""
+    names = [*METHODS, *REFERENCES]
+    datasets = [d for d in DATASETS if any(job.dataset == d for job in rows)]
+    return markdown(
+        [f"{budget:.0%}", *datasets],
+        (
+            [
+                NAMES[name],
+                *(cell(numbers(rows, figure, Job(name, d, budget, n_val, 0))) for d in datasets),
+            ]
+            for name in names
+        ),
+    )
+
+
+def closed(rows: Rows, method: str, dataset: str, budget: float, n_val: int = N_VAL) -> float:
+    """Share of the way from random to clean-only selection that a method closes.
+
+    Of the means over the seeds that all three have.
+    """
+
+    def mean(name: str) -> float:
+        values = numbers(rows, "scratch_accuracy", Job(name, dataset, budget, n_val, 0))
+        return float(values.mean()) if len(values) else math.nan
+
+    low, high = mean("random"), mean("clean")
+    return (mean(method) - low) / (high - low)
+
+
+def summary(rows: Rows, n_val: int = N_VAL) -> str:
+    """Per cell: DVC, the best of the others, who is first, and the share closed."""
+    lines = []
+    firsts, shares = 0, []
+    cells = [(d, b) for d in DATASETS for b in BUDGETS]
+    for dataset, budget in cells:
+        means = {
+            name: numbers(rows, "scratch_accuracy", Job(name, dataset, budget, n_val, 0)).mean()
+            for name in (*METHODS, *REFERENCES)
+            if len(numbers(rows, "scratch_accuracy", Job(name, dataset, budget, n_val, 0)))
+        }
+        if "dvc" not in means or "clean" not in means:
+            continue
+        best = max((name for name in METHODS if name != "dvc"), key=lambda n: means.get(n, -1.0))
+        share = closed(rows, "dvc", dataset, budget, n_val)
+        firsts += means["dvc"] > means[best]
+        shares.append(share)
+        lines.append(
+            [
+                f"{dataset} {budget:.0%}",
+                f"{means['dvc']:.1%}",
+                f"{NAMES[best]} {means[best]:.1%}",
+                *(f"{means[name]:.1%}" if name in means else "-" for name in REFERENCES),
+                f"{share:.0%}",
+            ]
+        )
+    heads = ["cell", "DVC", "best other", *(NAMES[name] for name in REFERENCES), "closed by DVC"]
+    end = f"\n\nDVC is first in {firsts} of {len(lines)} cells"
+    if shares:
+        end += f"; it closes {np.mean(shares):.0%} on average, {min(shares):.0%} at least."
+    return markdown(heads, lines) + end
+
+
+def seconds(rows: Rows) -> str:
+    """Seconds of selection and of training, per method, means over all runs."""
+    lines = []
+    for name in METHODS:
+        own = [row for job, row in rows.items() if job.method == name]
+        if not own:
+            continue
+        spent = [
+            np.array([float(row[column]) for row in own])
+            for column in ("selection_s", "warmup_s", "training_s")
+        ]
+        selection, warmup, training = (values.mean() for values in spent)
+        share = (selection + warmup) / (selection + warmup + training)
+        lines.append(
+            [NAMES[name], *(f"{x:.1f}" for x in (selection, warmup, training)), f"{share:.0%}"]
+        )
+    heads = ["method", "selection", "training on the warm-up", "training", "not training"]
+    return markdown(heads, lines)
+
+
+def table1(rows: Rows) -> str:
+    """All budgets, accuracy and macro-F1 of both models, and the summary."""
+    parts = []
+    for budget in BUDGETS:
+        for figure, title in (
+            ("scratch_accuracy", "accuracy, trained from scratch on the selection"),
+            ("scratch_f1", "macro-F1, trained from scratch on the selection"),
+            ("run_accuracy", "accuracy, model at the end of the run that selected"),
+            ("run_f1", "macro-F1, model at the end of the run that selected"),
+        ):
+            parts.append(f"**{title}**\n\n{table(rows, figure, budget)}")
+    return "\n\n".join([*parts, summary(rows), seconds(rows)])
+
+
+def sizes(rows: Rows) -> str:
+    """Accuracy from scratch by size of the validation set."""
+    cells = sorted({(job.dataset, job.budget) for job in rows if job.budget < 1})
+    n_vals = sorted({job.n_val for job in rows})
+    parts = []
+    for n_val in n_vals:
+        lines = [
+            [
+                NAMES[name],
+                *(
+                    cell(numbers(rows, "scratch_accuracy", Job(name, d, b, n_val, 0)))
+                    for d, b in cells
+                ),
+            ]
+            for name in (*METHODS, "validation", "clean")
+        ]
+        heads = [f"{n_val} validation samples", *(f"{d} {b:.0%}" for d, b in cells)]
+        parts.append(markdown(heads, lines))
+    return "\n\n".join(parts)
+
+
+def table2(rows: Rows) -> str:
+    """Accuracy from scratch with metrics left out, and the difference to all six, seed by seed."""
+    cells = sorted({(job.dataset, job.budget) for job in rows})
+    lines = []
+    for name in PARTS:
+        own = [numbers(rows, "scratch_accuracy", Job(name, d, b, N_VAL, 0)) for d, b in cells]
+        full = [numbers(rows, "scratch_accuracy", Job("all_six", d, b, N_VAL, 0)) for d, b in cells]
+        pairs = [
+            mine[: len(all_)] - all_[: len(mine)] for mine, all_ in zip(own, full, strict=True)
+        ]
+        differences = np.concatenate(pairs) if pairs else np.array([])
+        told = "" if name == "all_six" else _difference(differences)
+        lines.append([name, *(cell(values) for values in own), told])
+    heads = ["variant", *(f"{d} {b:.0%}" for d, b in cells), "more than all six"]
+    return markdown(heads, lines)
+
+
+def _difference(values: np.ndarray) -> str:
+    """Mean and its standard error, in percentage points."""
+    if len(values) < 2:
+        return f"{100 * values.mean():+.2f}" if len(values) else "-"
+    error = values.std(ddof=1) / math.sqrt(len(values))
+    return f"{100 * values.mean():+.2f} ± {100 * error:.2f}"
+
+
+def table3(rows: Mapping[ScaleJob, Mapping[str, str]]) -> str:
+    """Accuracy of the large network, and seconds, by size of the pool; means over seeds."""
+    lines = []
+    cells = {(job.rows, job.budget, job.method) for job in rows}
+    for n, budget, method in sorted(cells):
+        own = [row for job, row in rows.items() if job[:3] == (method, n, budget)]
+        accuracy, selection, training = (
+            np.array([float(row[name]) for row in own])
+            for name in ("accuracy", "selection_s", "training_s")
+        )
+        lines.append(
+            [
+                str(n),
+                method,
+                f"{budget:.0%}",
+                cell(accuracy),
+                f"{(selection + training).mean():.0f}",
+                f"{selection.mean():.0f}",
+                f"{training.mean():.0f}",
+            ]
+        )
+    heads = ["pool", "method", "budget", "accuracy", "seconds", "of them selection", "training"]
+    return markdown(heads, lines)
+
+
+REPORTS: dict[str, Callable[[Rows], str]] = {"table1": table1, "sizes": sizes, "table2": table2}
+
+
+def draw(rows: Rows, path: Path) -> None:
+    """Plot accuracy from scratch against the budget, one panel for each data set."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 6.5), layout="constrained")
+    datasets = [d for d in DATASETS if any(job.dataset == d for job in rows)]
+    panels = figure.subplots(2, 3, squeeze=True).flatten()
+    for panel, dataset in zip(panels, datasets, strict=False):
+        for name in (*METHODS, "clean", "full"):
+            found = [
+                numbers(rows, "scratch_accuracy", Job(name, dataset, b, N_VAL, 0)) for b in BUDGETS
+            ]
+            means = [100 * values.mean() if len(values) else math.nan for values in found]
+            style = {"dvc": ("C3", "-", 2.5), "clean": ("k", "--", 1.2), "full": ("k", ":", 1.2)}
+            colour, line, width = style.get(name, (f"C{_order(name)}", "-", 1.0))
+            panel.plot(
+                [100 * b for b in BUDGETS],
+                means,
+                line,
+                color=colour,
+                linewidth=width,
+                label=NAMES[name].strip("*"),
+            )
+        panel.set_title(dataset)
+        panel.set_xticks([100 * b for b in BUDGETS])
+    for panel in panels[3:]:
+        panel.set_xlabel("budget, % of the pool")
+    for panel in panels[::3]:
+        panel.set_ylabel("test accuracy, %")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def _order(name: str) -> int:
+    """A colour that is not DVC's."""
+    place = list(METHODS).index(name) if name in METHODS else 0
+    return place if place < 3 else place + 1

@@ -1,0 +1,172 @@
+"""The harness of the paper's experiments, on data small enough for a test."""
+
+import math
+from itertools import product
+
+import numpy as np
+import pytest
+import sklearn.datasets
+import torch
+
+from examples import datasets
+from examples.paper import experiment, report, scale
+from examples.paper.__main__ import jobs_of
+from examples.paper.experiment import BUDGETS, COLUMNS, N_VAL, Job, job_of
+from examples.paper.methods import METHODS, PARTS, REFERENCES
+from examples.runs import read_rows, run_all
+
+
+def squared(number):
+    return {"number": number, "square": float(number**2)}
+
+
+def test_runs_are_written_as_they_end_and_gone_on_with(tmp_path):
+    path, columns = tmp_path / "new" / "runs.csv", ("number", "square")
+    rows = list(run_all([3, 5], squared, path, columns, processes=1))
+    assert rows == read_rows(path) == [{"number": "3", "square": "9.0000"}, rows[1]]
+    with path.open("a") as file:
+        file.write("7,4")  # killed while it wrote, and the number may be cut short
+    assert [row["number"] for row in read_rows(path)] == ["3", "5"]
+    list(run_all([7], squared, path, columns, processes=1))
+    assert path.read_text() == "number,square\n3,9.0000\n5,25.0000\n7,49.0000\n"
+    with pytest.raises(ValueError, match=r"to have the columns number, but it has number,square"):
+        list(run_all([1], squared, path, ("number",), processes=1))
+
+
+SMALL = {"batch_size": 16, "epochs": 6, "steps": 60}
+
+
+@pytest.fixture
+def on_digits(monkeypatch):
+    monkeypatch.setattr(experiment, "DATASETS", {"digits": SMALL})
+
+
+@pytest.mark.usefixtures("on_digits")
+@pytest.mark.parametrize("name", [*METHODS, *REFERENCES, "no_quality"])
+def test_every_method_gives_a_row(name):
+    row = experiment.run(Job(name, "digits", 0.2, N_VAL, 0), None)
+    assert tuple(row) == COLUMNS
+    assert 0.1 < row["scratch_accuracy"] <= 1
+    assert 0 <= row["scratch_f1"] <= 1
+    if name in REFERENCES:
+        assert math.isnan(row["run_accuracy"])
+        assert row["scratch_steps"] == (240 if name == "full_long" else 60)
+        return
+    # At most 5% of 1,347 rows are held out, and the rest is dealt out to six sources.
+    assert row["selected"] == round(0.2 * 6 * ((1347 - 67) // 6))
+    assert 0.1 < row["run_accuracy"] <= 1
+    assert (row["warmup_s"] > 0) == (name == "data_shapley")
+
+
+@pytest.mark.usefixtures("on_digits")
+def test_what_selects_once_begins_with_the_samples_that_it_was_trained_on():
+    problem = experiment.problem_of(Job("data_shapley", "digits", 0.2, N_VAL, 0), None)
+    method = METHODS["data_shapley"]
+    seen = []
+
+    class Watching(experiment.DVCDataModule):
+        def setup(self, stage):
+            super().setup(stage)
+            seen.append(self.selected_ids.tolist())
+
+    patch = pytest.MonkeyPatch()
+    with patch.context() as patched:
+        patched.setattr(experiment, "DVCDataModule", Watching)
+        experiment._from_selection(problem, method, seed=0)
+    warm, everything = seen
+    assert warm == everything
+    assert len(warm) == math.ceil(0.1 * 256)
+
+
+def test_a_table_is_made_of_all_its_cells():
+    jobs = list(jobs_of("table1", [0, 1], ["mnist", "wine"]))
+    assert len(jobs) == len(set(jobs)) == 2 * 2 * (3 + 4 * 10)
+    assert len(list(jobs_of("sizes", [0], list(experiment.DATASETS)))) == 3 * 3 * (1 + 2 * 10)
+    assert len(list(jobs_of("table2", [0], list(experiment.DATASETS)))) == 4 * len(PARTS)
+    assert len(list(scale.jobs_of([10, 20], [0]))) == 2 * (1 + 3 * 3)
+
+
+def fake_rows():
+    """Random gets 0.6, DVC 0.75, the clean samples 0.8; of two seeds, 0.01 more and less."""
+    accuracy = {"random": 0.6, "dvc": 0.75, "clean": 0.8, "full": 0.7}
+    rows = {}
+    for name, seed, budget in product([*METHODS, *REFERENCES], (0, 1), BUDGETS):
+        job = Job(
+            name, "wine", 1.0 if name in ("validation", "full", "full_long") else budget, 500, seed
+        )
+        middle = accuracy.get(name, 0.5)
+        row = dict.fromkeys(COLUMNS, "nan") | {k: str(v) for k, v in job._asdict().items()}
+        row |= {"scratch_accuracy": str(middle + (0.01 if seed else -0.01))}
+        row |= {"selection_s": "1.0", "warmup_s": "0.0", "training_s": "3.0"}
+        rows[job_of(row)] = row
+    return rows
+
+
+def test_reports_say_what_the_rows_do(tmp_path):
+    rows = fake_rows()
+    text = report.table1(rows)
+    assert "| DVC | 75.0 ± 1.4 |" in text
+    assert "| *whole pool* | 70.0 ± 1.4 |" in text
+    assert "DVC is first in 4 of 4 cells; it closes 75% on average, 75% at least." in text
+    assert "| DVC | 1.0 | 0.0 | 3.0 | 25% |" in text
+    assert report.closed(rows, "dvc", "wine", 0.1) == pytest.approx(0.75)
+    report.draw(rows, tmp_path / "plot.svg")
+    assert (tmp_path / "plot.svg").stat().st_size > 10_000
+
+
+def test_differences_of_metrics_are_taken_seed_by_seed():
+    rows = {}
+    for name, gain in (("all_six", 0.0), ("no_quality", -0.02)):
+        for seed in range(3):
+            job = Job(name, "mnist", 0.2, N_VAL, seed)
+            rows[job] = {"scratch_accuracy": str(0.9 + seed / 50 + gain)}
+    text = report.table2(rows)
+    assert "| no_quality | 90.0 ± 2.0 | -2.00 ± 0.00 |" in text
+
+
+def test_the_proxy_is_smaller_than_what_it_selects_for():
+    x = torch.randn(2, 3 * 32 * 32)
+    small, large = scale.proxy(10), scale.large(10)
+    assert small(x).shape == large(x).shape == (2, 10)
+    numbers = [sum(p.numel() for p in net.parameters()) for net in (small, large)]
+    assert numbers[1] > 100 * numbers[0]
+
+
+# --- where the data come from ------------------------------------------------------------------
+
+
+@pytest.fixture
+def openml(monkeypatch):
+    """What OpenML would send, by name: a network is needed for the real thing."""
+    sent = {}
+    monkeypatch.setattr(
+        sklearn.datasets, "fetch_openml", lambda name, version, **settings: sent[name, version]
+    )
+    return sent
+
+
+def test_wine_is_the_same_from_openml(openml):
+    rng = np.random.default_rng(0)
+    for name, n in (("red", 600), ("white", 700)):
+        classes = np.array(list("1234567" * n))[:n]
+        openml[f"wine-quality-{name}", 1] = rng.normal(size=(n, 11)), classes
+    data = datasets.wine()
+    assert data.features.shape == (1300, 12)
+    assert (data.n_train, data.n_classes) == (300, 7)
+    assert torch.bincount(data.labels).tolist() == [186] * 5 + [185] * 2
+
+
+@pytest.mark.parametrize("first", [7841, 7840])
+def test_adult_is_taken_in_its_original_order_only(openml, first):
+    rows = np.random.default_rng(0).integers(0, 3, size=(32_561 + 16_281, 14)).astype(float)
+    rows[0, 1] = np.nan  # a missing category is one of its own
+    labels = np.array(["<=50K"] * len(rows), dtype=object)
+    labels[:first] = ">50K"
+    openml["adult", 2] = rows, labels
+    if first != 7841:
+        with pytest.raises(ValueError, match="rows of adult in their original order"):
+            datasets.adult()
+        return
+    data = datasets.adult()
+    assert data.features.shape == (48_842, 6 + 8 * 3)
+    assert int(data.labels.sum()) == first
