@@ -74,7 +74,9 @@ def _column(dataset: Any, name: str) -> Any:
         return np.concatenate([_names(_column(part, name)) for part in dataset.datasets])
     columns = getattr(dataset, "column_names", None)
     if columns is not None and name in columns:
-        return dataset[name]
+        # A table of Hugging Face serves only the columns of its format, mostly those of the model.
+        table = dataset.with_format(None) if hasattr(dataset, "with_format") else dataset
+        return table[name][:]  # at once, where a column is read row by row
     if not hasattr(dataset, name):
         own = getattr(dataset, "__dict__", {})
         known = columns or [each for each in own if not each.startswith("_")]

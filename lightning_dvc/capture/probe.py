@@ -103,6 +103,12 @@ class Probe:
         return next(p for layer in self._found.values() for p in layer.parameters()).device
 
     @property
+    def diverged(self) -> list[str]:
+        """Names of the parameters that are not finite."""
+        named = self.module.named_parameters()
+        return [name for name, parameter in named if not bool(parameter.isfinite().all())]
+
+    @property
     def captured_layers(self) -> dict[str, nn.Module]:
         """Layers that the forward pass reaches, in its order; known after the first batch."""
         return {name: self._found[name] for name in self._order}
@@ -194,12 +200,10 @@ class Probe:
             CaptureError: Always.
         """
         reasons = "; ".join(entry.reason for entry in self.bad[-3:])
-        named = self.module.named_parameters()
-        diverged = [name for name, parameter in named if not bool(parameter.isfinite().all())]
-        if diverged:
+        if self.diverged:
             reasons += (
-                f"; the parameters {diverged[:3]} are not finite, so training had diverged before: "
-                "lower the learning rate, or raise eps of Adam, which is 0 in float16"
+                f"; the parameters {self.diverged[:3]} are not finite, so training had diverged "
+                "before: lower the learning rate, or raise eps of Adam, which is 0 in float16"
             )
         raise CaptureError(
             f"none of {n_samples} samples could be passed through the model; the last reasons: "

@@ -123,6 +123,18 @@ class Round:
         shares = [(s.min_share, s.max_share) for s in self.pools.sources.values()]
         return arm_bounds(counts, int(counts.sum()) + quota, shares)
 
+    def candidate_bounds(self, floor: Tensor, ceiling: Tensor) -> tuple[Tensor, Tensor]:
+        """The least and the most candidates of each source, each ``(K,)`` and at most its stock.
+
+        Args:
+            floor: ``(K,)`` the least to add.
+            ceiling: ``(K,)`` the most to add.
+        """
+        # In floating point, since the product might be more than an integer holds.
+        most = ((self.oversample * n.double()).ceil() for n in (floor, ceiling))
+        low, high = (torch.minimum(n, self.pools.stock.double()).to(torch.int64) for n in most)
+        return low, high
+
 
 class Strategy(Protocol):
     """A way of choosing."""

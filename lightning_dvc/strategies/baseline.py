@@ -9,13 +9,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from lightning_dvc.capture.gradients import LayerGradients
 from lightning_dvc.capture.probe import Captured
+from lightning_dvc.errors import CaptureError
 from lightning_dvc.policy.apportion import apportion
 from lightning_dvc.policy.budget import divide
 from lightning_dvc.policy.diversify import diversify
@@ -52,7 +53,7 @@ class Baseline(Stateless, ABC):
         with this.watch.section("draw"):
             candidates = _draw(this, quota, lower, upper)
         with this.watch.section("score"):
-            ids, values = self.values(this, candidates, quota)
+            ids, values = self._valued(this, candidates, quota)
         with this.watch.section("choose"):
             found = diversify(
                 values,
@@ -73,14 +74,33 @@ class Baseline(Stateless, ABC):
             figures={"candidates": float(len(ids))},
         )
 
+    def _valued(self, this: Round, candidates: Tensor, quota: int) -> tuple[Tensor, Tensor]:
+        """As :meth:`values`; nothing where no candidate is left, or all of a few are broken."""
+        if this.number == 1:  # so that what is broken in the warm-up is set aside before training
+            mine = this.group.shard(this.selected, this.probe.batch_size)
+            for _ in this.probe.capture(this.pools.dataset, mine, gradients=False):
+                pass
+        nothing = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.float64)
+        if len(candidates) == 0:
+            return nothing
+        try:
+            return self.values(this, candidates, quota)
+        except CaptureError:
+            # Where a whole batch fails, or a parameter is not finite, the model is to blame.
+            if len(candidates) >= this.probe.batch_size or this.probe.diverged:
+                raise
+            mine = this.group.shard(candidates, this.probe.batch_size)
+            if not {sample.id for sample in this.probe.bad}.issuperset(mine.tolist()):
+                raise
+            return nothing
+
 
 def _draw(this: Round, quota: int, lower: Tensor, upper: Tensor) -> Tensor:
     """Candidates ``(n,)``, ascending: from each source in proportion to what is free in it."""
     stock = this.pools.stock
     wanted = min(math.ceil(this.oversample * quota), int(stock.sum()))
     # Candidates beyond what a source may add would be missing elsewhere.
-    bounds = ((this.oversample * n).ceil().to(torch.int64) for n in (lower, upper))
-    counts = divide(wanted, stock.double(), stock, *bounds)
+    counts = divide(wanted, stock.double(), stock, *this.candidate_bounds(lower, upper))
     drawn = [
         this.pools.draw(arm, count, "candidates", this.number)
         for arm, count in enumerate(counts.tolist())
@@ -101,7 +121,7 @@ def look(
     Args:
         this: The round.
         ids: ``(n,)`` samples to look at.
-        describe: What to keep of a batch; moved to the other processes as it is.
+        describe: What to keep of a batch: gradients, and tensors on the CPU.
         gradients: Whether it needs gradients.
         reference: Whether the ids are of held-out samples, rather than of the pools.
 
@@ -119,11 +139,29 @@ def look(
         mine = this.group.shard(ids, this.probe.batch_size)
         for seen in this.probe.capture(dataset, mine, gradients=gradients):
             parts.append((seen.ids, seen.labels, describe(seen)))
-    parts = this.group.gather_objects(parts)
-    if not parts:
-        this.probe.give_up(len(ids))
+        parts = _of_all(this, parts)
+        if not parts:
+            this.probe.give_up(len(ids))
     found, labels, kept = zip(*parts, strict=True)
     return torch.cat(found), torch.cat(labels), list(kept)
+
+
+def _of_all(this: Round, parts: list[_T]) -> list[_T]:
+    """The parts of all processes."""
+    if this.group.world_size == 1:
+        return parts
+    # On the CPU, since a device of this process need not be one of the others'.
+    sent = [_moved(part, torch.device("cpu")) for part in parts]
+    return [_moved(part, this.probe.device) for part in this.group.gather_objects(sent)]
+
+
+def _moved(kept: Any, device: torch.device) -> Any:
+    """The same with gradients on another device, and without the layers that they are of."""
+    if isinstance(kept, LayerGradients):
+        return kept.restored({name: tensor.to(device) for name, tensor in kept.tensors().items()})
+    if isinstance(kept, list | tuple):
+        return type(kept)(_moved(part, device) for part in kept)
+    return kept
 
 
 def look_at_reference(
@@ -156,12 +194,13 @@ def mean_reference_gradient(this: Round) -> list[Tensor]:
     """Mean gradient of the reference samples, per captured layer, a full gradient."""
 
     def total(captured: Captured) -> tuple[int, list[Tensor]]:
-        return len(captured), [layer.sum() for layer in captured.gradients]
+        return len(captured), [layer.sum().cpu() for layer in captured.gradients]
 
     _, kept = look_at_reference(this, total, gradients=True)
     n_samples = sum(n for n, _ in kept)
     return [
-        torch.stack(sums).sum(0) / n_samples for sums in zip(*(s for _, s in kept), strict=True)
+        (torch.stack(sums).sum(0) / n_samples).to(this.probe.device)
+        for sums in zip(*(s for _, s in kept), strict=True)
     ]
 
 

@@ -52,8 +52,9 @@ def k_center(points: Tensor, centres: Tensor, k: int) -> Tensor:
         [1, 2]
     """
     k = min(k, len(points))
-    if len(centres) == 0:
-        centres = points.mean(0, keepdim=True)
+    # Far from the origin, single precision would not tell neighbours apart.
+    middle = points.mean(0, keepdim=True)
+    points, centres = points - middle, (centres if len(centres) else middle) - middle
     nearest = points.new_full((len(points),), torch.inf)
     for some in centres.split(_ROWS):
         nearest = torch.minimum(nearest, torch.cdist(points, some).amin(1))

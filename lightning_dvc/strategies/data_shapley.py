@@ -82,7 +82,9 @@ def knn_shapley(
         >>> knn_shapley(points, torch.tensor([0, 1]), judge, torch.tensor([0]), 1).tolist()
         [1.0, 0.0]
     """
-    n = len(points)
+    n, middle = len(points), points.mean(0)
+    # Far from the origin, single precision would not tell neighbours apart.
+    points, judges = points - middle, judges - middle
     place = torch.arange(1, n + 1, dtype=torch.float64)
     step = place.clamp(max=n_neighbors) / place / n_neighbors
     values = torch.zeros(n, dtype=torch.float64)

@@ -292,10 +292,10 @@ class DVC:
 
     def _draw(self, this: Round, bandit: SourceBandit, quota: int, removed: Tensor) -> Tensor:
         """Candidates ``(n,)``, ascending, divided over the sources as the bandit says."""
-        wanted = math.ceil(this.oversample * quota)
+        wanted = min(math.ceil(this.oversample * quota), int(this.pools.stock.sum()))
         floor, ceiling = this.arm_bounds(removed, quota)
         # Candidates beyond what a source may add would be missing elsewhere.
-        floor, ceiling = ((this.oversample * n).ceil().to(torch.int64) for n in (floor, ceiling))
+        floor, ceiling = this.candidate_bounds(floor, ceiling)
         counts = bandit.allocate(wanted, this.pools.stock, floor, ceiling)
         drawn = [
             this.pools.draw(arm, count, "candidates", this.number)

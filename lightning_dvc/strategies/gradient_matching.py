@@ -112,20 +112,21 @@ def _pursue(
     free, residual = free.copy(), products.copy()
     factor = np.zeros((k, k))
     picked: list[int] = []
-    for size in range(k):
+    while len(picked) < k:
         best = int(np.where(free, residual, -np.inf).argmax())
         if not free[best] or residual[best] <= _EXHAUSTED * abs(products).max():
             break
-        row = solve_triangular(factor[:size, :size], gram[picked, best], lower=True)
-        square = gram[best, best] - row @ row
         free[best] = False
+        size, row = len(picked), gram[picked, best]
+        if picked:  # SciPy before 1.14 solves no empty system
+            row = solve_triangular(factor[:size, :size], row, lower=True)
+        square = gram[best, best] - row @ row
         if square <= _EXHAUSTED * gram[best, best]:  # a combination of the others
             continue
-        size = len(picked)
         factor[size, :size], factor[size, size] = row, np.sqrt(square)
         picked.append(best)
         own = factor[: size + 1, : size + 1]
         half = solve_triangular(own, products[picked], lower=True)
         weights = solve_triangular(own.T, half)
-        residual = products - gram[:, picked] @ weights
+        residual = products - weights @ gram[picked]
     return picked, factor[: len(picked), : len(picked)]

@@ -140,7 +140,7 @@ def assert_answers(found, expected, seed=0):
     total = weighted_sum([1] * len(expected), expected)
     assert_near(into, full + total, sum(lengths, norm(full)))
     assert_near(found.sum(), total, sum(lengths))
-    weights = normal(len(expected), seed=seed + 1)
+    weights = normal(len(expected), seed=seed + 2)  # of both signs
     both = zip(weights.tolist(), lengths, strict=True)
     slack_of_sum = sum(abs(weight) * length for weight, length in both)
     assert_near(found.weighted_sum(weights), weighted_sum(weights.tolist(), expected), slack_of_sum)

@@ -7,6 +7,7 @@ from helpers.problems import Net, good, repeated, wrong
 from lightning_dvc.capture.guard import undisturbed
 from lightning_dvc.capture.objective import resolve_objective
 from lightning_dvc.capture.probe import Probe
+from lightning_dvc.distributed import Group
 from lightning_dvc.pools import SELECTED, TAKEN_BACK, Pools
 from lightning_dvc.strategies.base import Round
 
@@ -17,10 +18,19 @@ class Run:
     """Rounds of one strategy on one net that does a little training in between."""
 
     def __init__(
-        self, strategy, sources=None, reference=True, budget=BUDGET, oversample=4.0, steps=10
+        self,
+        strategy,
+        sources=None,
+        reference=True,
+        budget=BUDGET,
+        oversample=4.0,
+        steps=10,
+        net=None,
+        group=None,
     ):
         sources = sources or {"good": good(), "wrong": wrong(), "repeated": repeated()}
-        self.strategy, self.pools, self.net = strategy, Pools(sources), Net()
+        self.strategy, self.pools, self.net = strategy, Pools(sources), net or Net()
+        self.group = group or Group()
         self.probe = Probe(self.net, resolve_objective(self.net), default_collate, batch_size=32)
         self.reference = good(60, seed=50) if reference else None
         self.budget, self.oversample, self.steps = budget, oversample, steps
@@ -40,6 +50,7 @@ class Run:
             selected=self.selected,
             probe=self.probe,
             reference=self.reference,
+            group=self.group,
         )
         with undisturbed(self.net):
             choice = self.strategy.choose(this)

@@ -4,6 +4,7 @@ import itertools
 import math
 
 import pytest
+import torch
 from helpers.oracles import normal, tokens
 from helpers.problems import good, wrong
 from helpers.rounds import Run
@@ -47,6 +48,24 @@ def test_values_are_those_over_all_subsets(n, m, k, seed):
     labels, classes = tokens(n, below=3, seed=seed), tokens(m, below=3, seed=seed + 1)
     found = knn_shapley(points, labels, judges, classes, k)
     assert found.tolist() == pytest.approx(shapley(points, labels, judges, classes, k), abs=1e-12)
+
+
+@settings(deadline=None, max_examples=30)
+@given(n=st.integers(2, 7), m=st.integers(1, 2), k=st.integers(1, 3), seed=st.integers(0, 99))
+def test_of_equal_points_the_first_is_the_nearer(n, m, k, seed):
+    # At 0, 1 or 4, so that many are the same and only those are equally near.
+    points = tokens(n, 1, below=3, seed=seed).double().square()
+    judges = tokens(m, 1, below=3, seed=seed + 1000).double().square()
+    labels, classes = tokens(n, below=2, seed=seed), tokens(m, below=2, seed=seed + 1)
+    found = knn_shapley(points, labels, judges, classes, k)
+    assert found.tolist() == pytest.approx(shapley(points, labels, judges, classes, k), abs=1e-12)
+
+
+def test_far_from_the_origin_neighbours_are_still_told_apart():
+    points, judges = normal(60, 4, seed=1).float() + 3000, normal(30, 4, seed=2).float() + 3000
+    labels, classes = tokens(60, below=3, seed=0), tokens(30, below=3, seed=1)
+    expected = knn_shapley(points.double(), labels, judges.double(), classes, 3)
+    assert torch.equal(knn_shapley(points, labels, judges, classes, 3), expected)
 
 
 @pytest.mark.parametrize("numbers", [1, 20])

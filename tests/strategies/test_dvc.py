@@ -393,3 +393,9 @@ def test_settings_out_of_range_are_refused(settings, message):
 def test_layer_weights_must_fit_the_layers():
     with pytest.raises(ConfigurationError, match="each of the 2 captured layers, but holds 3"):
         Run(DVC(layer_weights=[1, 1, 1])).round()
+
+
+def test_everything_may_be_a_candidate():
+    run = Run(DVC(), {"good": good(40), "wrong": Source(wrong(40), 0.1)}, oversample=1e300)
+    choice = run.round()
+    assert choice.figures["candidates"] == 80 - 4

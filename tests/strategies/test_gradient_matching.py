@@ -68,6 +68,46 @@ def test_more_is_chosen_than_the_gradients_have_dimensions():
     assert len(set(chosen)) == 25
 
 
+@settings(deadline=None, max_examples=60)
+@given(n=st.integers(1, 6), k=st.integers(1, 6), seed=st.integers(0, 199))
+def test_of_orthogonal_gradients_the_best_subset_is_chosen(n, k, seed):
+    rng = np.random.default_rng(seed)
+    atoms = np.linalg.qr(rng.normal(size=(8, 8)))[0][:, :n]
+    target, k = rng.normal(size=8), min(k, n)
+    chosen = match(atoms.T @ atoms, atoms.T @ target, k, ridge=0.0)
+    best = min(left_over(atoms, target, some) for some in itertools.combinations(range(n), k))
+    assert left_over(atoms, target, chosen) == pytest.approx(best, abs=1e-9)
+
+
+def test_near_copies_are_passed_over():
+    one, other, third, fourth = np.eye(4)
+    copy = 0.5 * (one + 1e-4 * other)
+    atoms = np.stack([one, copy, 1e-4 * third, 1e-4 * fourth], axis=1)
+    target = one + 100 * other + 0.5 * third + 0.4 * fourth
+    assert match(atoms.T @ atoms, atoms.T @ target, 4, ridge=0.0).tolist() == [0, 2, 3, 1]
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    n=st.integers(1, 40),
+    width=st.integers(1, 9),
+    spread=st.sampled_from([0.0, 1e-5, 1e-3, 1.0]),
+    ridge=st.sampled_from([0.0, 1e-9, 0.05]),
+    share=st.floats(0, 1),
+    seed=st.integers(0, 999),
+)
+def test_as_many_as_wanted_whatever_the_gradients(n, width, spread, ridge, share, seed):
+    rng = np.random.default_rng(seed)
+    copied = rng.normal(size=(n, width))[rng.integers(0, n, n)]
+    # In single precision, as gradients are.
+    atoms = (copied + spread * rng.normal(size=(n, width))).astype(np.float32)
+    gram, products = (atoms @ x.T for x in (atoms, atoms[: n // 2 + 1].mean(0)))
+    k = round(share * n)
+    chosen = match(gram.astype(float), products.astype(float), k, ridge).tolist()
+    assert len(set(chosen)) == len(chosen) == k
+    assert set(chosen) <= set(range(n))
+
+
 def test_nothing_but_zeros_is_chosen_all_the_same():
     assert match(np.zeros((3, 3)), np.zeros(3), 2, ridge=0.5).tolist() == [0, 1]
 
