@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--datasets", nargs="+", choices=list(DATASETS), default=list(DATASETS))
     parser.add_argument("--methods", nargs="+", help="only some of them")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
-    parser.add_argument("--rows", nargs="+", type=int, default=[6000, 12_000, 24_000])
+    parser.add_argument("--rows", nargs="+", type=int, default=[3000, 6000, 12_000])
     parser.add_argument("--accelerator", choices=["cpu", "gpu"], default="cpu", help="of table3")
     parser.add_argument("--processes", type=int, default=2, help="but for table3, which takes one")
     parser.add_argument("--folder", type=Path, default=Path("artefacts/paper"))

@@ -1,5 +1,6 @@
 """The paper's tables as Markdown, and plots, from the rows of finished runs."""
 
+import csv
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -57,19 +58,33 @@ def markdown(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in both)
 
 
+def published(figure: str) -> dict[tuple[str, str, float], str]:
+    """The paper's Table 1, by method, data set and budget.
+
+    Args:
+        figure: ``"accuracy"`` or ``"f1"``.
+    """
+    with Path(__file__).with_name("published.csv").open(newline="") as file:
+        return {
+            (row["method"], row["dataset"], float(row["budget"])): row[figure]
+            for row in csv.DictReader(file)
+        }
+
+
 def table(rows: Rows, figure: str, budget: float, n_val: int = N_VAL) -> str:
-    """A figure of all methods on all data sets, for one budget."""
+    """A figure of all methods on all data sets, for one budget; the paper's own in brackets."""
+    theirs = published(figure.partition("_")[2])
+
+    def both(name: str, dataset: str) -> str:
+        ours = cell(numbers(rows, figure, Job(name, dataset, budget, n_val, 0)))
+        paper = theirs.get((name, dataset, budget))
+        return f"{ours} ({100 * float(paper):.1f})" if paper else ours
+
     names = [*METHODS, *REFERENCES]
     datasets = [d for d in DATASETS if any(job.dataset == d for job in rows)]
     return markdown(
         [f"{budget:.0%}", *datasets],
-        (
-            [
-                NAMES[name],
-                *(cell(numbers(rows, figure, Job(name, d, budget, n_val, 0))) for d in datasets),
-            ]
-            for name in names
-        ),
+        ([NAMES[name], *(both(name, dataset) for dataset in datasets)] for name in names),
     )
 
 

@@ -75,7 +75,7 @@ def proxy(n_classes: int) -> Convolutional:
 
 def large(n_classes: int) -> Convolutional:
     """The network that is to be trained."""
-    return Convolutional((64, 128, 256), 2, n_classes)
+    return Convolutional((32, 64, 128), 2, n_classes)
 
 
 def jobs_of(rows: Sequence[int], seeds: Sequence[int]) -> Iterator[ScaleJob]:

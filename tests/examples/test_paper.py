@@ -105,7 +105,7 @@ def fake_rows():
 def test_reports_say_what_the_rows_do(tmp_path):
     rows = fake_rows()
     text = report.table1(rows)
-    assert "| DVC | 75.0 ± 1.4 |" in text
+    assert "| DVC | 75.0 ± 1.4 (55.5) |" in text  # in brackets, the paper's
     assert "| *whole pool* | 70.0 ± 1.4 |" in text
     assert "DVC is first in 4 of 4 cells; it closes 75% on average, 75% at least." in text
     assert "| DVC | 1.0 | 0.0 | 3.0 | 25% |" in text
@@ -129,7 +129,7 @@ def test_the_proxy_is_smaller_than_what_it_selects_for():
     small, large = scale.proxy(10), scale.large(10)
     assert small(x).shape == large(x).shape == (2, 10)
     numbers = [sum(p.numel() for p in net.parameters()) for net in (small, large)]
-    assert numbers[1] > 100 * numbers[0]
+    assert numbers[1] > 30 * numbers[0]
 
 
 # --- where the data come from ------------------------------------------------------------------
