@@ -80,7 +80,7 @@ def table(rows: Rows, figure: str, budget: float, n_val: int = N_VAL) -> str:
         paper = theirs.get((name, dataset, budget))
         return f"{ours} ({100 * float(paper):.1f})" if paper else ours
 
-    names = [*METHODS, *REFERENCES]
+    names = [*METHODS, *(REFERENCES if figure.startswith("scratch") else ())]
     datasets = [d for d in DATASETS if any(job.dataset == d for job in rows)]
     return markdown(
         [f"{budget:.0%}", *datasets],
