@@ -11,11 +11,11 @@ from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 
 @contextmanager
 def telling(trainer: Trainer, text: str) -> Iterator[None]:
-    """Show a text in the training bar, and afterwards what was there, with the new total.
+    """Show a text in a line of its own, beside that of training, until the round is over.
 
-    The total of batches is read anew, because a bar that is listed before the callback has read it
-    before the round. Without a bar, or with one that is neither Lightning's TQDM nor its Rich bar,
-    nothing happens.
+    Afterwards, the line of training has the total of batches as it is then, because a bar that is
+    listed before the callback has read it before the round. Without a bar, or with one that is
+    neither Lightning's TQDM nor its Rich bar, nothing happens.
 
     Args:
         trainer: An epoch of it is about to begin.
@@ -25,7 +25,7 @@ def telling(trainer: Trainer, text: str) -> Iterator[None]:
     shown: AbstractContextManager[None] = nullcontext()
     if isinstance(bar, TQDMProgressBar) and bar.is_enabled:
         shown = _in_tqdm(bar, text)
-    elif isinstance(bar, RichProgressBar) and bar.progress is not None:
+    elif isinstance(bar, RichProgressBar) and bar.is_enabled and bar.progress is not None:
         shown = _in_rich(bar, text)
     with shown:
         yield
@@ -33,19 +33,15 @@ def telling(trainer: Trainer, text: str) -> Iterator[None]:
 
 @contextmanager
 def _in_tqdm(bar: TQDMProgressBar, text: str) -> Iterator[None]:
-    line = _open_line(bar)
-    if line is None:  # the bar's own comes with the epoch
-        extra = bar.init_train_tqdm()
-        extra.leave = False
-        extra.set_description(text)
-        yield
-        extra.close()
-        return
-    before = line.desc
+    line = bar.init_validation_tqdm()  # below the line of training, and gone when it is closed
     line.set_description(text)
-    yield
-    line.set_description_str(before, refresh=False)
-    line.reset(bar.total_train_batches)  # also the time, of which the round took some
+    try:
+        yield
+    finally:
+        line.close()
+    training = _open_line(bar)
+    if training is not None:
+        training.reset(bar.total_train_batches)  # also the time, of which the round took some
 
 
 def _open_line(bar: TQDMProgressBar) -> Any:
@@ -59,16 +55,12 @@ def _open_line(bar: TQDMProgressBar) -> Any:
 @contextmanager
 def _in_rich(bar: RichProgressBar, text: str) -> Iterator[None]:
     progress: Any = bar.progress
-    line = bar.train_progress_bar_id
-    if line is None:  # the bar's own line comes with its first epoch
-        extra = progress.add_task(text, total=math.inf)
+    line = progress.add_task(text, total=math.inf)
+    try:
         yield
+    finally:
         # Not removed, because Lightning finds its lines by their place among all.
-        progress.update(extra, visible=False)
-        return
-    before = bar.train_progress_bar.description
-    progress.update(line, description=text)
-    bar.refresh()
-    yield
-    progress.reset(line, total=bar.total_train_batches, description=before)
+        progress.update(line, visible=False)
+    if bar.train_progress_bar_id is not None:
+        progress.reset(bar.train_progress_bar_id, total=bar.total_train_batches)
     bar.refresh()

@@ -190,6 +190,7 @@ class DVCCallback(Callback):
                 "validated: there is no val dataset, or limit_val_batches=0; give and use one"
             )
         adapts = self.score_batch_size == "auto"
+        most = _LARGEST_BATCH if adapts else int(self.score_batch_size)
         self._probe = Probe(
             pl_module,
             resolve_objective(pl_module, self.objective),
@@ -197,11 +198,11 @@ class DVCCallback(Callback):
             prepare=partial(trainer_bridge.to_model, trainer, pl_module),
             context=partial(trainer_bridge.forward_context, trainer),
             layers=self.layers,
-            batch_size=_LARGEST_BATCH if adapts else int(self.score_batch_size),
+            batch_size=most,
             adapts=adapts,
             exact_numbers=self.exact_numbers,
             num_workers=datamodule.loading.num_workers,
-            worker_settings=datamodule.loading.of_workers,
+            worker_settings=datamodule.loading.of_workers(most),
             on_bad_sample=self.on_bad_sample,
         )
         if self.rounds_done == 0:  # anew, since a tuner may have changed the batch size
@@ -221,9 +222,11 @@ class DVCCallback(Callback):
         # Of all sources, whose samples are neighbours in the warm-up.
         ids = datamodule.selected_ids
         ids = ids[:: -(-len(ids) // _TRIAL_SIZE)]
-        with self._group(trainer).agreeing(), unsharded(pl_module), undisturbed(pl_module):
-            trial = try_out(probe, datamodule.pools.dataset, ids)
-        self._leave_out_mixed(probe, trial)
+        group = self._group(trainer)
+        with group.agreeing(), unsharded(pl_module), undisturbed(pl_module):
+            own = try_out(probe, datamodule.pools.dataset, ids)
+            # All leave out the same layers, though some may read these samples and others not.
+            self._leave_out_mixed(probe, group.gather_objects([own])[0])
         layers = list(probe.captured_layers)
         if self._layers_before not in (None, layers):
             raise ConfigurationError(
@@ -282,6 +285,7 @@ class DVCCallback(Callback):
             # Randomly augmented samples then look the same in a resumed run.
             seed = torch_stream(datamodule.seed, "augmentation", number).initial_seed()
             with group.agreeing(), unsharded(pl_module), undisturbed(pl_module, seed):
+                group.share_buffers(pl_module)
                 choice = self.strategy.choose(this)
             bad = self._take_bad(group)
             with self.watch.section("apply"):
@@ -303,6 +307,15 @@ class DVCCallback(Callback):
         """Hand the monitored score to the strategy."""
         if self.monitor is None or not trainer_bridge.is_fitting(trainer):
             return
+        with self._group(trainer).agreeing():
+            self._check_logged(trainer)
+        if not trainer.sanity_checking:
+            value = trainer.strategy.reduce(
+                trainer.callback_metrics[self.monitor], reduce_op="mean"
+            )
+            self.strategy.observe(float(value) if self.mode == "max" else -float(value))
+
+    def _check_logged(self, trainer: Trainer) -> None:
         if self.monitor not in trainer.callback_metrics:
             raise ConfigurationError(
                 f"DVCCallback(monitor={self.monitor!r}) expects a validation metric of that name, "
@@ -310,11 +323,6 @@ class DVCCallback(Callback):
                 f"self.log({self.monitor!r}, ...) in validation_step, or monitor one of these. If "
                 "the module logs only after the sanity check, set num_sanity_val_steps=0"
             )
-        if not trainer.sanity_checking:
-            value = trainer.strategy.reduce(
-                trainer.callback_metrics[self.monitor], reduce_op="mean"
-            )
-            self.strategy.observe(float(value) if self.mode == "max" else -float(value))
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

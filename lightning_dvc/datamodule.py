@@ -259,9 +259,10 @@ class DVCDataModule(LightningDataModule):
         Args:
             datamodule: The project's own, with one training loader over a map-style dataset.
             sources: Separate datasets by name; or, to tell its training dataset apart, a column of
-                it, one name per sample, or indices by name, see :func:`lightning_dvc.split_by`; or
-                a function that makes any of these out of the training dataset, once the datamodule
-                is set up. When not given, the training dataset is a single source.
+                it, one name per sample, indices by name, or a list of index ranges, see
+                :func:`lightning_dvc.split_by`; or a function that makes any of these out of the
+                training dataset, once the datamodule is set up. When not given, the training
+                dataset is a single source.
             budget: As for the class.
             selection: In place of a budget, a :attr:`selection` that was made from the same
                 sources, or a file of one, to train on it again: no callback is needed.

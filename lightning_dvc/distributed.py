@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Final, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_dvc.errors import ProcessError
 
@@ -108,6 +108,27 @@ class Group:
             return items
         self._announce(0, self.device)
         return [item for part in self._gather_object(items) for item in part]
+
+    @torch.no_grad()
+    def share_buffers(self, module: nn.Module) -> None:
+        """Give a module the first process's buffers, as DDP does before each forward pass.
+
+        After the last one of an epoch each process has running means of its own, and only those of
+        the first are saved. Buffers whose shapes differ, such as tables that grow when they have
+        to, stay as they are.
+        """
+        if self.world_size == 1:
+            return
+        buffers = dict(module.named_buffers())
+        shapes = [{name: (buffer.shape, buffer.dtype) for name, buffer in buffers.items()}]
+        first, *others = self.gather_objects(shapes)
+        for name, shape in first.items():
+            if all(other.get(name) == shape for other in others):
+                received = buffers[name].to(self.device).contiguous().clone()
+                torch.distributed.broadcast(received, src=0)
+                received = received.to(buffers[name].device)
+                if not torch.equal(received, buffers[name]):  # some kinds cannot be written to
+                    buffers[name].copy_(received)
 
     @contextmanager
     def agreeing(self) -> Iterator[None]:

@@ -17,6 +17,7 @@ from torch.utils.data import (
     Subset,
     SubsetRandomSampler,
     default_collate,
+    get_worker_info,
 )
 
 from lightning_dvc.errors import ConfigurationError
@@ -82,11 +83,20 @@ class LoaderSettings:
                 f"batch_size={self.batch_size} and num_workers={self.num_workers}; change them"
             )
 
-    @property
-    def of_workers(self) -> dict[str, Any]:
-        """What concerns worker processes only, but for whether they persist."""
-        names = ("timeout", "worker_init_fn", "multiprocessing_context", "prefetch_factor")
-        return {name: getattr(self, name) for name in names}
+    def of_workers(self, batch_size: int) -> dict[str, Any]:
+        """What other loaders need to have workers that are set up like those of this one.
+
+        Args:
+            batch_size: Samples in a batch of those, for which a worker may take that much longer.
+                How many batches it reads ahead is left to torch, as these take that much more
+                memory.
+        """
+        longer = max(batch_size / self.batch_size, 1.0)
+        return {
+            "timeout": self.timeout * longer,
+            "worker_init_fn": self.worker_init_fn,
+            "multiprocessing_context": self.multiprocessing_context,
+        }
 
     def loader(self, dataset: Dataset[Any]) -> DataLoader[Any]:
         """Make a loader that goes through a dataset in order."""
@@ -96,6 +106,28 @@ class LoaderSettings:
         """Make a loader that goes over what is selected."""
         # A generator of its own, so that iterating draws nothing from the global one.
         return TrainingLoader(dataset, sampler=sampler, generator=torch.Generator(), **vars(self))
+
+
+class WorkerInit:
+    """Somebody's ``worker_init_fn``, called as in their own loader.
+
+    ``torch.utils.data.get_worker_info().dataset`` is where such a function finds what it is to open
+    a file for, so that is made their dataset again, rather than the view over all sources. In a
+    worker that was spawned it is the copy that the view reads from, as both are sent together.
+
+    Args:
+        function: Theirs.
+        dataset: That of their loader.
+    """
+
+    def __init__(self, function: Callable[[int], None], dataset: Dataset[Any]) -> None:
+        self.function, self.dataset = function, dataset
+
+    def __call__(self, worker: int) -> None:
+        """Set up a worker."""
+        # Its own way of setting is closed, in each version of torch by other means.
+        object.__setattr__(get_worker_info(), "dataset", self.dataset)
+        self.function(worker)
 
 
 def settings_of(loader: Any) -> tuple[LoaderSettings, Dataset[Any]]:
@@ -133,10 +165,18 @@ def settings_of(loader: Any) -> tuple[LoaderSettings, Dataset[Any]]:
             f"The wrapped training loader draws with a {type(loader.sampler).__name__}. Selection "
             "replaces the sampler, so what it prefers or leaves out no longer counts."
         )
+    if type(loader).__iter__ is not DataLoader.__iter__:
+        rank_zero_warn(
+            f"The wrapped training loader is a {kind}, which goes over its batches in a way of its "
+            "own. Selection makes a DataLoader of its settings, so what it does to batches no "
+            "longer counts; do that in the collate function, or in a transfer hook."
+        )
     names = LoaderSettings.__dataclass_fields__
     settings = {name: getattr(loader, name) for name in names}
     if not loader.num_workers:
         settings["prefetch_factor"] = None
+    if loader.worker_init_fn is not None:
+        settings["worker_init_fn"] = WorkerInit(loader.worker_init_fn, loader.dataset)
     return LoaderSettings(**settings), dataset_of(loader)
 
 

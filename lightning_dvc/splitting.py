@@ -24,7 +24,8 @@ def split_by(dataset: Dataset[Any], groups: Groups) -> dict[str, Dataset[Any]]:
         groups: The source of each sample, ``n`` names or numbers; or the name of a column that
             holds these, as ``dataset[name]`` (a table with ``column_names``) or ``dataset.name``,
             also where parts of such datasets are taken or put together by torch's ``Subset`` and
-            ``ConcatDataset``; or, by name, the indices of its samples, such as a ``range``.
+            ``ConcatDataset``; or, by name, the indices of its samples, such as a ``range``; or a
+            list of such ranges, whose names are then their places in it.
 
     Returns:
         Name to the part of the dataset, by order of first appearance.
@@ -38,6 +39,8 @@ def split_by(dataset: Dataset[Any], groups: Groups) -> dict[str, Dataset[Any]]:
         {'x': 2, 'y': 1}
         >>> {name: len(part) for name, part in split_by(list("abc"), {"x": range(3)}).items()}
         {'x': 3}
+        >>> {name: len(p) for name, p in split_by(list("abc"), [range(2), range(2, 3)]).items()}
+        {'0': 2, '1': 1}
     """
     if not isinstance(dataset, Sized):
         raise ConfigurationError(
@@ -45,6 +48,9 @@ def split_by(dataset: Dataset[Any], groups: Groups) -> dict[str, Dataset[Any]]:
             f"got a {type(dataset).__name__}; load an iterable one into a list first"
         )
     n_samples = len(dataset)
+    # Of ranges only: other lists of numbers may be meant as a beginning and an end.
+    if isinstance(groups, Sequence) and groups and all(isinstance(x, range) for x in groups):
+        groups = {str(number): indices for number, indices in enumerate(groups)}
     if isinstance(groups, Mapping):
         indices = {str(name): _as_array(given) for name, given in groups.items()}
         _check_indices(indices, n_samples)
@@ -96,7 +102,7 @@ def _names(given: Any) -> np.ndarray:
     if names.ndim != 1:
         raise ConfigurationError(
             "expected one name or number per sample, but got lists of them, or none; for indices, "
-            "give them by name: {'name': range(...), ...}"
+            "give them by name, {'name': [...], ...}, or as a list of ranges"
         )
     # Some may be missing or of other types, which could not be sorted.
     return names.astype(str) if names.dtype == object else names

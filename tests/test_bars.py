@@ -14,8 +14,6 @@ SELECTING = ["Selecting (round 1/3)", "Selecting (round 2/3)", "Selecting (round
 class Noting(Random):
     """Chooses at random, and notes what the bar shows meanwhile."""
 
-    refines = False
-
     def __init__(self, shown):
         self.shown, self.texts = shown, []
 
@@ -46,35 +44,77 @@ def fit(bar, first, strategy, *others, **settings):
     trainer(**settings).fit(Net(), datamodule)
 
 
-@pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("leave", [True, False])
-def test_tqdm_tells_of_the_round_and_counts_the_batches_of_the_epoch(first, leave):
+def tqdm_lines():
+    """What the lines say that are shown, from above."""
+    lines = sorted(tqdm._instances, key=lambda line: abs(line.pos))
+    return [line.desc.removesuffix(": ") for line in lines]
+
+
+# The line of training before each round: named by the bar if that is listed first.
+NAMED = [["Epoch 0"], ["Epoch 1"], ["Epoch 2"]]
+
+
+@pytest.mark.parametrize(
+    ("first", "leave", "training"),
+    [
+        (True, True, NAMED),
+        (True, False, NAMED),
+        (False, True, [["Training"], [], []]),
+        (False, False, [["Training"], ["Epoch 0"], ["Epoch 1"]]),
+    ],
+)
+def test_tqdm_tells_of_the_round_in_a_line_of_its_own(first, leave, training):
     bar = TQDMProgressBar(leave=leave)
-
-    def shown():
-        return [line.desc.removesuffix(": ") for line in sorted(tqdm._instances, key=id)]
-
-    strategy = Noting(shown)
-    watching = Watching(shown, lambda: bar.train_progress_bar.total)
+    strategy = Noting(tqdm_lines)
+    watching = Watching(tqdm_lines, lambda: bar.train_progress_bar.total)
     fit(bar, first, strategy, watching)
-    assert strategy.texts == [[line] for line in SELECTING]
+    assert strategy.texts == [[*line, own] for line, own in zip(training, SELECTING, strict=True)]
     assert watching.seen == [([f"Epoch {n}"], total) for n, total in enumerate(TOTALS)]
 
 
-@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(
+    ("first", "training"),
+    [
+        (True, [["Epoch 0/3"], ["Epoch 1/3"], ["Epoch 2/3"]]),
+        (False, [[], ["Epoch 0/3"], ["Epoch 1/3"]]),
+    ],
+)
 @pytest.mark.parametrize("leave", [True, False])
-def test_rich_tells_of_the_round_and_counts_the_batches_of_the_epoch(first, leave):
+def test_rich_tells_of_the_round_in_a_line_of_its_own(first, training, leave):
     pytest.importorskip("rich")
     bar = RichProgressBar(leave=leave)
 
     def lines():
         return [task.description.strip() for task in bar.progress.tasks if task.visible]
 
-    strategy = Noting(lambda: [line for line in lines() if line.startswith("Selecting")])
+    strategy = Noting(lines)
     watching = Watching(lines, lambda: bar.train_progress_bar.total)
     fit(bar, first, strategy, watching)
-    assert strategy.texts == [[line] for line in SELECTING]
+    assert strategy.texts == [[*line, own] for line, own in zip(training, SELECTING, strict=True)]
     assert watching.seen == [([f"Epoch {n}/3"], total) for n, total in enumerate(TOTALS)]
+
+
+@pytest.mark.parametrize("kind", [TQDMProgressBar, RichProgressBar])
+def test_the_time_of_the_line_of_training_does_not_count_the_round(kind):
+    begun, bar = [], kind()
+
+    class Slow(Random):
+        def choose(self, this):
+            chosen = super().choose(this)
+            begun.append(line().start_t if kind is TQDMProgressBar else line().start_time)
+            return chosen
+
+    class After(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            start = line().start_t if kind is TQDMProgressBar else line().start_time
+            if trainer.current_epoch < 3:
+                assert start > begun[-1]
+
+    def line():
+        return bar.train_progress_bar
+
+    fit(bar, True, Slow(), After())
+    assert len(begun) == 3
 
 
 class Own(ProgressBar):
@@ -110,21 +150,27 @@ def test_a_round_that_only_refines_has_no_last_one():
 
     class Refining(DVC):
         def choose(self, this):
-            texts.append(bar.train_progress_bar.desc)
+            texts.append(tqdm_lines()[-1])
             return super().choose(this)
 
     fit(bar, False, Refining(refine=True), max_epochs=5)
     assert texts[2:] == [
-        "Selecting (round 3/3): ",
-        "Selecting (round 4): ",
-        "Selecting (round 5): ",
+        "Selecting (round 3/3)",
+        "Selecting (round 4)",
+        "Selecting (round 5)",
     ]
 
 
-def test_after_an_error_in_a_round_the_error_is_what_is_seen():
+@pytest.mark.parametrize("kind", [TQDMProgressBar, RichProgressBar])
+def test_an_error_in_a_round_is_what_is_seen_and_the_line_goes(kind):
     class Broken(Random):
         def choose(self, this):
             raise RuntimeError("broken")
 
+    bar = kind()
     with pytest.raises(RuntimeError, match="broken"):
-        fit(TQDMProgressBar(), False, Broken())
+        fit(bar, False, Broken())
+    left = tqdm_lines()
+    if kind is RichProgressBar:
+        left = [task.description for task in bar.progress.tasks if task.visible]
+    assert not any("Selecting" in text for text in left)

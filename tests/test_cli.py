@@ -34,7 +34,7 @@ trainer:
           class_path: lightning_dvc.DVC
           init_args: STRATEGY
     - class_path: lightning.pytorch.callbacks.ModelCheckpoint
-      init_args: {dirpath: FOLDER, filename: saved}
+      init_args: {dirpath: FOLDER, filename: "{epoch}", save_top_k: -1}
 model:
   class_path: test_cli.Predicting
 """
@@ -86,6 +86,12 @@ class Theirs(LightningDataModule):
         return DataLoader(self.train, batch_size=10)
 
     def val_dataloader(self):
+        return DataLoader(self.val, batch_size=10)
+
+    def test_dataloader(self):
+        return DataLoader(self.val, batch_size=10)
+
+    def predict_dataloader(self):
         return DataLoader(self.val, batch_size=10)
 
 
@@ -140,22 +146,30 @@ def test_sources_callback_and_strategy_are_told_in_a_file(run, config):
     assert strategy.weights.ask(0.0)[4] == 0.75
 
 
-def test_a_run_is_resumed_from_the_file_that_was_saved_and_evaluated(run, config, tmp_path):
-    first = run("fit", "--config", config(LEARNT))
-    assert isinstance(callback_of(first).strategy.weights, BayesianWeights)
-    saved = ["--config", tmp_path / "config.yaml", "--ckpt_path", tmp_path / "saved.ckpt"]
+@pytest.mark.parametrize(
+    ("data", "held_out"), [(OWN, 30), (WRAPPED.replace("SOURCES", "test_cli.thirds"), 20)]
+)
+def test_a_run_is_resumed_from_the_file_that_was_saved_and_evaluated(
+    run, config, tmp_path, data, held_out
+):
+    whole = run("fit", "--config", config(LEARNT, data))
+    assert isinstance(callback_of(whole).strategy.weights, BayesianWeights)
+    saved = ["--config", tmp_path / "config.yaml", "--ckpt_path", tmp_path / "epoch=0.ckpt"]
 
-    resumed = run("fit", *saved, "--trainer.max_epochs=4")
-    assert resumed.trainer.current_epoch == 4
-    assert callback_of(resumed).rounds_done == callback_of(first).rounds_done
-    assert torch.equal(resumed.datamodule.selected_ids, first.datamodule.selected_ids)
+    resumed = run("fit", *saved)
+    assert list(resumed.model.seen) == [1, 2]
+    assert resumed.model.seen == {epoch: whole.model.seen[epoch] for epoch in (1, 2)}
+    assert callback_of(resumed).rounds_done == callback_of(whole).rounds_done == 3
+    assert torch.equal(resumed.datamodule.selected_ids, whole.datamodule.selected_ids)
+    for mine, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
 
     # Not the saved file, which has options of the command that saved it.
-    told = ["--config", config(LEARNT), *saved[2:]]
+    told = ["--config", config(LEARNT, data), "--ckpt_path", tmp_path / "epoch=2.ckpt"]
+    score = whole.trainer.callback_metrics["val_acc"]
     for command in ("validate", "test"):
-        cli = run(command, *told)
-        assert cli.trainer.callback_metrics["val_acc"] > 0.5
-    assert run("predict", *told).model.predicted == 30
+        assert run(command, *told).trainer.callback_metrics["val_acc"] == score
+    assert run("predict", *told).model.predicted == held_out
 
 
 @pytest.mark.parametrize(

@@ -39,10 +39,25 @@ def _work(rank, port, queue):
             group.gather_objects([f"from {rank}"] * rank),
             group.first(torch.tensor([rank + 0.5], dtype=torch.float64)).tolist(),
             group.first(torch.arange(2 - rank)).tolist(),
+            _shared_buffers(group),
             _failing(group),
         )
     )
     torch.distributed.destroy_process_group()
+
+
+def _shared_buffers(group):
+    """What becomes of buffers that hold the rank, of the usual kinds."""
+    net, rank = torch.nn.BatchNorm1d(2), group.rank
+    net.running_mean += rank
+    net.num_batches_tracked += rank
+    net.register_buffer("table", torch.zeros(1 + rank))  # grows as needed
+    net.register_buffer("none", None)
+    net.register_buffer("view", torch.full((2, 3), float(rank)).T, persistent=False)
+    address = net.running_mean.data_ptr()
+    group.share_buffers(net)
+    assert net.running_mean.data_ptr() == address
+    return {name: buffer.tolist() for name, buffer in net.named_buffers()}
 
 
 def _failing(group):
@@ -67,16 +82,26 @@ def _failing(group):
     return found
 
 
+# Python 3.12 warns about fork in a process with threads, which torch always has.
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_every_rank_gathers_the_same(unused_port):
-    queue = mp.get_context("spawn").SimpleQueue()
-    mp.spawn(_work, args=(unused_port, queue), nprocs=WORLD)
+    queue = mp.get_context("fork").SimpleQueue()
+    # Spawned, each process would import everything anew, which takes far longer than this.
+    mp.start_processes(_work, args=(unused_port, queue), nprocs=WORLD, start_method="fork")
     for _ in range(WORLD):
-        rank, rows, big, total, objects, first, shorter, told = queue.get()
+        rank, rows, big, total, objects, first, shorter, buffers, told = queue.get()
         assert rows == [[10, 10], [20, 20], [21, 21]]
         assert big == [2**53, 2**53 + 1, 2**53 + 2]
         assert total == [3.0, 3.0]
         assert first == [0.5]
         assert shorter == [0, 1]
+        assert buffers == {
+            "running_mean": [0.0, 0.0],
+            "running_var": [1.0, 1.0],
+            "num_batches_tracked": 0,
+            "table": [0.0] * (1 + rank),
+            "view": [[0.0, 0.0]] * 3,
+        }
         other = (
             "ProcessError: selection stops, because it failed on process 1 (ValueError: no luck)"
         )

@@ -2,13 +2,15 @@
 
 import csv
 import math
+from types import SimpleNamespace
 
 import pytest
+import torch
 from helpers.problems import Net, good, repeated, trainer, wrong
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from lightning_dvc import DVC, DVCCallback, DVCDataModule, FixedWeights
+from lightning_dvc import DVC, DVCCallback, DVCDataModule, FixedWeights, Random
 from lightning_dvc.records import METRICS
 
 SOURCES = ("good", "wrong", "repeated")
@@ -33,7 +35,7 @@ class Starts(Callback):
         self.steps.append(trainer.global_step)
 
 
-def fit(loggers, strategy=None, **settings):
+def fit(loggers, strategy=None, net=None, **settings):
     sources = dict(zip(SOURCES, (good(), wrong(), repeated()), strict=True))
     datamodule = DVCDataModule(
         sources, good(90, seed=50), budget=120, batch_size=16, rounds=3, warmup=0.2
@@ -42,7 +44,7 @@ def fit(loggers, strategy=None, **settings):
     ckpt_path = settings.pop("ckpt_path", None)
     callbacks = [callback, starts, *settings.pop("callbacks", [])]
     run = trainer(logger=loggers, callbacks=callbacks, **settings)
-    run.fit(Logging(), datamodule, ckpt_path=ckpt_path)
+    run.fit(net or Logging(), datamodule, ckpt_path=ckpt_path)
     return datamodule, callback, starts.steps
 
 
@@ -106,6 +108,48 @@ def test_every_round_is_told_to_all_loggers_at_the_step_where_it_takes_place(tmp
     assert seconds == sorted(seconds)
     assert all(0 < value <= 1 for _, value in written["dvc/selection_time_share"])
     assert all(0 <= value <= 1 for _, value in written["dvc/cache_hit_rate"])
+    rewards = {name: written[f"dvc/reward/{name}"][0][1] for name in SOURCES}
+    assert rewards["wrong"] < rewards["good"] <= 1
+
+
+class Still(Logging):
+    """Takes steps that lead nowhere, so that what is known of a sample stays true."""
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def test_candidates_that_are_known_already_are_told_as_hits_of_the_cache(tmp_path):
+    fit(CSVLogger(tmp_path, name="csv", version=""), net=Still())
+    first, *_, (_, last) = of_csv(tmp_path / "csv")["dvc/cache_hit_rate"]
+    assert first == (0, 0.0)
+    assert 0 < last <= 1
+
+
+def test_the_share_of_time_is_that_of_all_time_since_training_began(tmp_path, monkeypatch):
+    now = [100.0]
+    clock = SimpleNamespace(perf_counter=lambda: now[0])
+    for module in ("callback", "timing"):
+        monkeypatch.setattr(f"lightning_dvc.{module}.time", clock)
+
+    class Takes(Random):
+        def choose(self, this):
+            with this.watch.section("score"):
+                now[0] += 3
+            return super().choose(this)
+
+    class Steps(Callback):
+        def on_train_batch_start(self, *args):
+            now[0] += 1
+
+    logger = CSVLogger(tmp_path, name="csv", version="")
+    _, _, starts = fit(logger, Takes(), callbacks=[Steps()])
+    written = of_csv(tmp_path / "csv")
+    seconds = [3 * number for number in (1, 2, 3)]
+    assert [value for _, value in written["dvc/selection_seconds"]] == seconds
+    shares = [spent / (spent + step) for spent, step in zip(seconds, starts, strict=False)]
+    told = [value for _, value in written["dvc/selection_time_share"]]
+    assert told == pytest.approx(shares)
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists:UserWarning")

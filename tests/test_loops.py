@@ -128,8 +128,9 @@ def test_early_stopping_and_checkpoints_of_the_best_epoch(tmp_path):
     Watching().load_state_dict(saved["state_dict"])
 
 
-def test_a_trial_run_takes_the_steps_that_it_is_asked_for():
-    run, net, callback = fit(fast_dev_run=2, net=Scheduled())
+@pytest.mark.parametrize("strategy", [Random, DVC])
+def test_a_trial_run_takes_the_steps_that_it_is_asked_for(strategy):
+    run, net, callback = fit(fast_dev_run=2, net=Scheduled(), select=strategy())
     assert (run.global_step, net.planned) == (2, 2)
     assert trained_on(net) == [32]
     assert callback.rounds_done == 1
@@ -279,11 +280,22 @@ def test_as_many_steps_are_taken_as_planned(settings, steps):
     assert net.schedule.last_epoch == steps  # which it counts, too
 
 
-def test_a_schedule_of_accumulation_takes_fewer_steps_than_planned():
-    schedule = GradientAccumulationScheduler({2: 2})
+@pytest.mark.parametrize(
+    ("factors", "steps"), [({2: 2}, 3 + 6 + 4 + 4), ({0: 4, 2: 1}, 1 + 2 + 8 + 8)]
+)
+def test_a_schedule_of_accumulation_takes_fewer_steps_than_planned(factors, steps):
+    schedule = GradientAccumulationScheduler(factors)
     run, net, _ = fit(net=Scheduled(), limit_val_batches=0, callbacks=[schedule])
     assert net.planned == 25
-    assert run.global_step == 3 + 6 + 4 + 4
+    assert run.global_step == steps
+
+
+def test_a_run_of_steps_with_a_schedule_of_accumulation_spends_the_budget():
+    schedule = GradientAccumulationScheduler({0: 4})
+    settings = {"max_steps": 9, "max_epochs": -1, "callbacks": [schedule]}
+    run, net, _ = fit(net=Scheduled(), limit_val_batches=0, **settings)
+    assert run.global_step == net.planned == 9
+    assert trained_on(net)[-2] == len(run.datamodule.selected_ids) == 120
 
 
 def test_no_more_steps_are_taken_than_lightning_estimates():
@@ -408,11 +420,15 @@ def quick(monkeypatch):
     monkeypatch.setattr(collect, lambda: None)
 
 
-def with_tuner(run, net, datamodule):
-    size = Tuner(run).scale_batch_size(net, datamodule=datamodule, init_val=4)
-    assert size == datamodule.batch_size == 16
+def with_tuner(run, net, datamodule, mode="power"):
+    size = Tuner(run).scale_batch_size(net, datamodule=datamodule, mode=mode, init_val=4)
+    assert size == datamodule.batch_size
     net.seen.clear()
     run.fit(net, datamodule)
+
+
+def with_binary_search(run, net, datamodule):
+    with_tuner(run, net, datamodule, "binsearch")
 
 
 def with_callback(run, net, datamodule):
@@ -421,8 +437,10 @@ def with_callback(run, net, datamodule):
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("find", [with_tuner, with_callback])
-def test_a_batch_size_is_found_with_full_batches_and_costs_no_round(tmp_path, find):
+@pytest.mark.parametrize(
+    ("find", "found"), [(with_tuner, 16), (with_callback, 16), (with_binary_search, 19)]
+)
+def test_a_batch_size_is_found_with_full_batches_and_costs_no_round(tmp_path, find, found):
     def parts(size):
         callback = DVCCallback(score_batch_size=16)
         run = trainer(callbacks=[callback], default_root_dir=tmp_path, max_steps=20, max_epochs=-1)
@@ -430,8 +448,8 @@ def test_a_batch_size_is_found_with_full_batches_and_costs_no_round(tmp_path, fi
 
     callback, run, net, datamodule = parts(4)
     find(run, net, datamodule)
-    assert datamodule.batch_size == datamodule.val_dataloader().batch_size == 16
-    plain, plain_run, plain_net, plain_data = parts(16)
+    assert datamodule.batch_size == datamodule.val_dataloader().batch_size == found
+    plain, plain_run, plain_net, plain_data = parts(found)
     plain_run.fit(plain_net, plain_data)
     assert callback.rounds_done == plain.rounds_done == 3
     assert datamodule.selected_ids.tolist() == plain_data.selected_ids.tolist()

@@ -77,6 +77,35 @@ def test_selection_in_every_precision(precision, net):
     assert callback.strategy._observer.figures["cache_hit_rate"] > 0
 
 
+class Typed(Net):
+    """Notes the types of inputs and outputs, in training and while it is scored."""
+
+    def __init__(self, noted):
+        super().__init__()
+        self.note = noted.add
+
+    def training_step(self, batch, batch_idx):
+        logits = self(batch[0])
+        self.note((self.training, batch[0].dtype, logits.dtype))
+        return nn.functional.cross_entropy(logits, batch[1])
+
+
+@pytest.mark.filterwarnings("ignore:.*AMP with fp16 is not supported on CPU:UserWarning")
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_samples_are_scored_in_the_precision_of_training(precision):
+    noted = set()
+    fit(with_eps(Typed(noted)), precision=precision, max_epochs=2)
+    wide, half = torch.float32, torch.bfloat16
+    types = {
+        "bf16-mixed": (wide, half),
+        "16-mixed": (wide, half),
+        "bf16-true": (half, half),
+        "16-true": (torch.float16, torch.float16),
+        "64-true": (torch.float64, torch.float64),
+    }[precision]
+    assert noted == {(True, *types), (False, *types)}
+
+
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
 def test_other_densities_and_caches_take_every_precision(precision):
     strategy = every_metric(density="lsh", cache_dtype=torch.float16)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.multiprocessing as mp
+from helpers.killing import plain
 from helpers.problems import WIDTH, Net, good, repeated, trainer, wrong
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
@@ -30,6 +31,7 @@ from lightning_dvc import (
 )
 
 TIMEOUT = 240  # seconds; a run takes a few
+TRIED = 30  # samples, see the test that names it
 
 
 def apart(work):
@@ -107,6 +109,9 @@ class Telling(DVCCallback):
 
     def on_train_epoch_start(self, trainer, pl_module):
         self._told(super().on_train_epoch_start, trainer, pl_module)
+
+    def on_validation_end(self, trainer, pl_module):
+        self._told(super().on_validation_end, trainer, pl_module)
 
     def _told(self, hook, trainer, *args):
         try:
@@ -211,24 +216,51 @@ def test_a_model_that_moves_alike_selects_alike(tmp_path):
     assert len(last & other) >= 0.95 * len(other)
 
 
-def test_a_run_of_two_processes_is_resumed_in_the_middle_of_an_epoch(tmp_path):
-    # Saved at every second step, of 3, 5, 8 and 8 steps for each process.
+class Normed(Counting):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(16)
+
+    def forward(self, x):
+        return self.head(self.norm(self.body(x)).relu())
+
+
+def remembered(noted):
+    """What a process has learnt, as plain values; but for times, and for what its cache held."""
+    state = {k: v for k, v in noted["state"].items() if k != "weights"}
+    observer = {k: v for k, v in state.pop("observer").items() if k != "cache"}
+    return plain([state, observer, noted["weights"]])
+
+
+@pytest.mark.parametrize(
+    ("net", "choose", "more"),
+    [
+        (Counting, lambda: DVC(BayesianWeights(initial=2, max_share=None)), {}),
+        # Without a validation, the processes end an epoch with running means of their own.
+        (Normed, lambda: DVC(refine=True), {"limit_val_batches": 0}),
+    ],
+)
+def test_a_run_of_two_processes_is_resumed_in_the_middle_of_an_epoch(tmp_path, net, choose, more):
+    # Saved at every second step, of 3, 5, 7 and 7 steps for each process.
     saver = ModelCheckpoint(
         tmp_path / "saved", filename="{step}", every_n_train_steps=2, save_top_k=-1
     )
     settings = {
-        "net": Counting,
-        "choose": DVC,
-        "datamodule": partial(make, batch_size=8),
+        "net": net,
+        "choose": choose,
+        "datamodule": partial(make, batch_size=9),
         "devices": 2,
+        **more,
     }
     whole = fit_apart(tmp_path / "whole", more=[saver], enable_checkpointing=True, **settings)
+    assert remembered(whole[0]) == remembered(whole[1])
     for step in (2, 6, 14):
         path = tmp_path / "saved" / f"step={step}.ckpt"
         resumed = fit_apart(tmp_path / str(step), ckpt_path=path, **settings)
         for one, other in zip(whole, resumed, strict=True):
             assert one["ids"][-len(other["ids"]) :] == other["ids"]
             assert all(map(torch.equal, one["model"], other["model"])), step
+            assert remembered(one) == remembered(other), step
 
 
 class Noisy(Dataset):
@@ -348,6 +380,55 @@ class Torn(Dataset):
         if self.left < 0 and torch.distributed.get_rank() == 1:
             raise OSError("the disk is gone")
         return self.samples[index]
+
+
+class LateDisk(Torn):
+    """Cannot be read in the second process at first."""
+
+    def __getitem__(self, index):
+        self.left -= 1
+        if self.left >= 0 and torch.distributed.get_rank() == 1:
+            raise OSError("the disk is not there yet")
+        return self.samples[index]
+
+
+class Rolled(Still):
+    """A layer that gets the samples in another order than the loss."""
+
+    def forward(self, x):
+        return self.head(self.body(x.roll(1, 0)).roll(-1, 0).relu())
+
+
+@pytest.mark.filterwarnings("ignore:the gradients of a sample:UserWarning")
+def test_processes_leave_out_the_same_layers(tmp_path):
+    one, two = fit_apart(
+        tmp_path / "two",
+        net=Rolled,
+        # As many as are tried out before training; all of them are of this source.
+        datamodule=lambda: make({"late": LateDisk(TRIED)}, budget=60, warmup=0.5, rounds=1),
+        devices=2,
+        max_epochs=1,
+    )
+    assert one["ids"] == two["ids"]
+    layers = [len(each["state"]["observer"]["norms"]) for each in (one, two)]
+    assert layers == [1, 1]
+
+
+class SilentLater(Counting):
+    """The second process logs nothing any more."""
+
+    def validation_step(self, batch, batch_idx):
+        if self.trainer.sanity_checking or self.global_rank == 0:
+            super().validation_step(batch, batch_idx)
+
+
+def test_a_score_that_one_process_lacks_stops_all(tmp_path):
+    said = r"ConfigurationError: DVCCallback\(monitor='val_acc'\) expects"
+    with pytest.raises(AssertionError, match=said):
+        fit_apart(tmp_path / "two", net=SilentLater, devices=2)
+    told, own = (tmp_path / "two" / f"{rank}.txt" for rank in (0, 1))
+    assert re.match(said, own.read_text())
+    assert re.match(f"ProcessError: .* failed on process 1 \\({said}", told.read_text())
 
 
 class Breaking(DVC):

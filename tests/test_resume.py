@@ -5,10 +5,15 @@ import random
 import numpy as np
 import pytest
 import torch
-from helpers.killing import Events, Hooks, Noted, is_killed, saved, savers
+from helpers.killing import Events, Hooks, Noted, is_killed, plain, saved, savers
 from helpers.problems import WIDTH, Net, good, repeated, trainer, wrong
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    Callback,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
@@ -62,6 +67,19 @@ def fixed():
     return DVC(FixedWeights())
 
 
+def refining():
+    """With all that is learnt and remembered beside learnt weights of metrics."""
+    return DVC(
+        FixedWeights(),
+        layer_weights="learned",
+        reward="gain",
+        refine=True,
+        take_back=0.3,
+        disown_quantile=0.5,
+        drift_tolerance=10.0,
+    )
+
+
 def datamodule(events=None, wrapped=False, num_workers=0, **settings):
     events = events or Events()
     settings = {"budget": 48, "rounds": 3, "warmup": 0.3, **settings}
@@ -97,15 +115,6 @@ def run(
         net, module, ckpt_path=ckpt_path, weights_only=True
     )
     return module, net, callback, batches.noted
-
-
-def plain(state):
-    """A state as plain values, so that it can be compared; without times."""
-    if isinstance(state, torch.Tensor):
-        return state.dtype, state.shape, state.nan_to_num(nan=-1e9).tolist()
-    if isinstance(state, dict):
-        return {k: plain(v) for k, v in state.items() if k not in ("clock", "n_bytes")}
-    return [plain(value) for value in state] if isinstance(state, list | tuple) else state
 
 
 def assert_same_end(one, other):
@@ -205,6 +214,67 @@ def in_validation(folder, every):
 
 def test_checkpoints_of_a_validation_can_be_resumed_from(tmp_path):
     resume_from_all(tmp_path, checkpoints=in_validation)
+
+
+# --- other ways of training --------------------------------------------------------------------
+
+
+class Normed(Net):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(16)
+
+    def forward(self, x):
+        return self.head(self.norm(self.body(x)).relu())
+
+
+class Double(Normed):
+    """In float64 from the start: Lightning loads a checkpoint before it converts a module."""
+
+    def __init__(self):
+        super().__init__()
+        self.double()
+
+
+class TwoOptimizers(Net):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def per_sample_loss(self, batch):
+        logits = self(batch[0])
+        return nn.functional.cross_entropy(logits, batch[1], reduction="none"), logits, batch[1]
+
+    def training_step(self, batch, batch_idx):
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(self.per_sample_loss(batch)[0].mean())
+            optimizer.step()
+
+    def configure_optimizers(self):
+        parts = (self.body, self.head)
+        return [torch.optim.Adam(part.parameters(), lr=1e-2) for part in parts]
+
+
+STYLES = {
+    "batch norm": {"net": Normed, "max_epochs": 6},
+    "bf16-true": {"net": Normed, "precision": "bf16-true"},
+    "64-true": {"net": Double, "precision": "64-true"},
+    "two optimizers": {"net": TwoOptimizers},
+    "ema": {"net": Normed, "more": lambda: [EMAWeightAveraging(decay=0.9)]},
+    # After the last epoch comes one more, of running means; a round takes place before it too.
+    "swa": {
+        "net": Normed,
+        "more": lambda: [StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=2)],
+    },
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization:UserWarning")
+@pytest.mark.parametrize("style", STYLES)
+def test_other_ways_of_training_are_resumed(tmp_path, style):
+    # Not from the last: where nothing is left to train, Lightning does not put averages in place.
+    resume_from_all(tmp_path, slice(1, -1, 3), strategy=refining, every=5, **STYLES[style])
 
 
 # --- what is random ----------------------------------------------------------------------------

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from helpers.problems import CLASSES, WIDTH, Net, generator, good, labelled, trainer, wrong
 from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
+from lightning.pytorch.demos.mnist_datamodule import MNISTDataModule
 from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
 from torch.utils.data import (
@@ -21,11 +23,13 @@ from torch.utils.data import (
     Subset,
     SubsetRandomSampler,
     TensorDataset,
+    get_worker_info,
     random_split,
 )
 
 from lightning_dvc import DVCCallback, DVCDataModule, Source, split_by
 from lightning_dvc.errors import ConfigurationError
+from lightning_dvc.loaders import LoaderSettings
 
 
 def fit(model, datamodule, monitor=None, max_epochs=2, **settings):
@@ -133,6 +137,56 @@ def test_images_with_a_random_split_in_setup():
         _ = datamodule.height
 
 
+class Images28(LightningModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.head = nn.Conv2d(1, 4, 5, stride=4), nn.Linear(144, 10)
+
+    def forward(self, x):
+        return self.head(self.conv(x).relu().flatten(1))
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_acc", (self(batch[0]).argmax(1) == batch[1]).float().mean())
+
+    test_step = validation_step
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=0.01)
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning", "ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_the_mnist_datamodule_of_lightnings_demos(tmp_path, monkeypatch, num_workers):
+    monkeypatch.setenv("PL_USE_MOCKED_MNIST", "1")  # reads files, rather than torchvision's
+    folder = tmp_path / "MNIST" / "complete"
+    folder.mkdir(parents=True)
+    for name, n in (("training", 120), ("test", 32)):
+        digits = torch.arange(n) % 10
+        images = torch.randint(64, (n, 28, 28), generator=generator(n), dtype=torch.uint8)
+        images[torch.arange(n), 2 * digits] = 255
+        torch.save((images, digits), folder / f"{name}.pt")
+    theirs = MNISTDataModule(
+        str(tmp_path), val_split=20, num_workers=num_workers, normalize=True, batch_size=8
+    )
+    datamodule = DVCDataModule.wrap(theirs, sources="targets", budget=0.4, rounds=2)
+    model = Images28()
+    run = fit(model, datamodule, monitor="val_acc", max_epochs=3)
+    assert len(datamodule.selection.set_aside) == 0
+    assert sorted(datamodule.pools.names) == [str(digit) for digit in range(10)]
+    assert len(datamodule.selection) == 40
+    assert datamodule.reference is theirs.dataset_val
+    loader = datamodule.train_dataloader()
+    assert (loader.batch_size, loader.drop_last, loader.pin_memory) == (8, True, True)
+    assert loader.num_workers == num_workers
+    assert datamodule.num_classes == 10
+    (figures,) = run.test(model, datamodule, verbose=False)
+    assert figures["val_acc"] > 0.2  # of ten digits
+
+
 def test_training_goes_on_in_another_fit_with_the_datasets_made_anew():
     theirs = MNISTStyle()
     datamodule = DVCDataModule.wrap(theirs, sources="writer", budget=0.3)
@@ -204,22 +258,31 @@ def test_several_training_loaders_are_refused(kind):
 
 
 class Table(Dataset):
-    """As a Hugging Face dataset: ``table[3]`` is a row, ``table["label"]`` a column."""
+    """As a Hugging Face dataset: ``table[3]`` is a row, ``table["label"]`` a column.
 
-    def __init__(self, columns):
-        self._columns = columns
+    Both have only the columns of the format that was set, although ``column_names`` tells all.
+    """
+
+    def __init__(self, columns, shown=None):
+        self._columns, self._shown = columns, shown
 
     @property
     def column_names(self):
         return list(self._columns)
 
+    def set_format(self, columns):
+        self._shown = columns
+
+    def with_format(self, kind):
+        assert kind is None
+        return Table(self._columns)
+
     def __len__(self):
         return len(self._columns["label"])
 
     def __getitem__(self, key):
-        if isinstance(key, str):
-            return self._columns[key]
-        return {name: column[key] for name, column in self._columns.items()}
+        shown = {name: self._columns[name] for name in self._shown or self._columns}
+        return shown[key] if isinstance(key, str) else {name: c[key] for name, c in shown.items()}
 
     def __getitems__(self, keys):
         return [self[key] for key in keys]
@@ -260,6 +323,8 @@ class TextDataModule(LightningDataModule):
             "validation": texts(40, seed=1),
             "validation_mismatched": texts(30, seed=2),
         }
+        for table in self.dataset.values():
+            table.set_format(columns=["input_ids", "attention_mask", "label"])
         self.eval_splits = [name for name in self.dataset if "validation" in name]
 
     def train_dataloader(self):
@@ -324,6 +389,35 @@ def test_texts_in_dicts_padded_by_a_collator_with_several_validation_sets():
     assert datamodule.train_dataloader().collate_fn is theirs.collator
     assert len(datamodule.reference) == 70
     assert set(run.callback_metrics) == {"val_acc/dataloader_idx_0", "val_acc/dataloader_idx_1"}
+
+
+def test_a_table_of_hugging_face_whose_format_hides_the_column():
+    tables = pytest.importorskip("datasets")
+
+    class Glue(LightningDataModule):
+        """As in Lightning's tutorial on text."""
+
+        def setup(self, stage):
+            made = {"train": texts(90, seed=0), "validation": texts(40, seed=1)}
+            self.dataset = tables.DatasetDict(
+                {name: tables.Dataset.from_dict(table._columns) for name, table in made.items()}
+            )
+            for table in self.dataset.values():
+                table.set_format(columns=["input_ids", "attention_mask", "label"])
+
+        def train_dataloader(self):
+            loads = {"batch_size": 16, "shuffle": True, "collate_fn": PaddingCollator()}
+            return DataLoader(self.dataset["train"], **loads)
+
+        def val_dataloader(self):
+            table = self.dataset["validation"]
+            return DataLoader(table, batch_size=32, collate_fn=PaddingCollator())
+
+    datamodule = DVCDataModule.wrap(Glue(), sources="domain", budget=0.5, rounds=2)
+    fit(TextModel(), datamodule, monitor="val_acc", max_epochs=3)
+    assert sorted(datamodule.pools.names) == ["forum", "reviews"]
+    assert len(datamodule.selection) == 45
+    assert len(datamodule.reference) == 40
 
 
 # -- tables: continuous and categorical features under names, workers
@@ -401,7 +495,268 @@ def test_tables_with_mixed_features_and_workers():
     assert len(datamodule.selection) == 30
     assert datamodule.reference is datamodule.validation_dataset
     loader = datamodule.train_dataloader()
-    assert (loader.num_workers, loader.worker_init_fn) == (1, _seed_worker)
+    assert (loader.num_workers, loader.worker_init_fn.function) == (1, _seed_worker)
+
+
+class Frame(Dataset):
+    """Rows of a DataFrame of pandas, by the names of their columns."""
+
+    def __init__(self, frame, continuous, categorical, target):
+        self.y = frame[target].to_numpy()
+        self.continuous = frame[continuous].to_numpy(dtype=np.float32, copy=True)
+        self.categorical = frame[categorical].to_numpy(dtype=np.int64, copy=True)
+
+    def __len__(self):
+        return len(self.y)
+
+    def __getitem__(self, index):
+        parts = (self.continuous[index], self.categorical[index], self.y[index])
+        return dict(zip(("continuous", "categorical", "target"), parts, strict=True))
+
+
+class FrameDataModule(LightningDataModule):
+    def __init__(self, train, validation, batch_size=16):
+        super().__init__()
+        self.train, self.validation, self.batch_size = train, validation, batch_size
+
+    def setup(self, stage=None):
+        columns = ([f"c{i}" for i in range(WIDTH)], ["k0", "k1"], "target")
+        self.train_dataset = Frame(self.train, *columns)
+        self.validation_dataset = Frame(self.validation, *columns)
+
+    def train_dataloader(self):
+        return DataLoader(self.train_dataset, self.batch_size, shuffle=True, drop_last=True)
+
+    def val_dataloader(self):
+        return DataLoader(self.validation_dataset, self.batch_size)
+
+
+@pytest.mark.parametrize("given", ["series", "categories", "groups", "function"])
+def test_tables_that_come_from_a_data_frame(given):
+    pandas = pytest.importorskip("pandas")
+
+    def frame(n, seed):
+        rows = TableRows(n, seed)
+        made = pandas.DataFrame(rows.continuous.numpy(), columns=[f"c{i}" for i in range(WIDTH)])
+        made["k0"], made["k1"] = rows.categorical.numpy().T
+        made["target"] = rows.target.numpy()
+        made["region"] = ["north", "south", "west"] * (n // 3)
+        return made
+
+    train = frame(90, 0).sample(frac=1.0, random_state=3)  # its index is out of order
+    sources = {
+        "series": train["region"],
+        "categories": train["region"].astype("category"),
+        "groups": train.groupby("region").indices,
+        "function": lambda dataset: train["region"].tolist(),
+    }
+    datamodule = DVCDataModule.wrap(FrameDataModule(train, frame(30, 5)), sources[given], budget=30)
+    fit(TabularModel(), datamodule, monitor="valid_loss")
+    assert sorted(datamodule.pools.names) == ["north", "south", "west"]
+    for name in datamodule.pools.names:
+        indices = datamodule.pools.sources[name].dataset.indices
+        assert set(train["region"].iloc[indices]) == {name}
+    assert len(datamodule.selection) == 30
+
+
+# -- validation in a CombinedLoader
+
+
+class Combined(LightningDataModule):
+    def __init__(self, mode):
+        super().__init__()
+        self.mode = mode
+
+    def setup(self, stage):
+        self.train = ConcatDataset([good(60), wrong(40)])
+        self.held_out = {"near": good(20, seed=5), "far": good(30, seed=6)}
+
+    def train_dataloader(self):
+        return DataLoader(self.train, batch_size=16, shuffle=True)
+
+    def val_dataloader(self):
+        loaders = {name: DataLoader(held, batch_size=10) for name, held in self.held_out.items()}
+        return CombinedLoader(loaders, self.mode)
+
+
+class ValidatingBoth(Net):
+    """Its batches are those of all loaders at once, unless one comes after the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        parts = batch.values() if isinstance(batch, dict) else [batch]
+        self.sizes.append([0 if part is None else len(part[0]) for part in parts])
+
+
+@pytest.mark.parametrize(
+    ("mode", "sizes"),
+    [
+        ("sequential", [[10]] * 5),
+        ("min_size", [[10, 10]] * 2),
+        ("max_size_cycle", [[10, 10]] * 3),
+        ("max_size", [[10, 10], [10, 10], [0, 10]]),
+    ],
+)
+def test_validation_in_a_combined_loader_goes_on_as_it_did(mode, sizes):
+    model = ValidatingBoth()
+    sources = {"good": range(60), "wrong": range(60, 100)}
+    datamodule = DVCDataModule.wrap(Combined(mode), sources, budget=0.3)
+    fit(model, datamodule, num_sanity_val_steps=0)
+    assert model.sizes == sizes * 2
+    assert len(datamodule.reference) == 50
+    assert len(datamodule.selection) == 30
+
+
+# -- hooks and workers
+
+
+class Hooked(Combined):
+    """Its batches become what the model takes only on their way to it."""
+
+    def __init__(self):
+        super().__init__("sequential")
+        self.prepare_data_per_node = False
+        self.failures = []
+
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        x, y = batch
+        return {"x": x, "y": y}
+
+    def transfer_batch_to_device(self, batch, device, dataloader_idx):
+        batch = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        return {**batch, "device": device}
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return {**batch, "x": 10 * batch["x"]}
+
+    def on_exception(self, exception):
+        self.failures.append(exception)
+
+
+class TakesHooked(Net):
+    def training_step(self, batch, batch_idx):
+        assert batch["device"] == self.device
+        assert batch["x"].abs().mean() > 12
+        return F.cross_entropy(self(batch["x"]), batch["y"])
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        assert batch["x"].abs().mean() > 12
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        if self.current_epoch == 1:
+            raise RuntimeError("enough")
+
+
+def test_what_is_scored_comes_through_the_hooks_of_the_datamodule():
+    theirs = Hooked()
+    datamodule = DVCDataModule.wrap(theirs, budget=0.3)
+    assert datamodule.prepare_data_per_node is False
+    with pytest.raises(RuntimeError, match="enough"):
+        fit(TakesHooked(), datamodule)
+    assert len(datamodule.selection) == 30
+    assert [str(error) for error in theirs.failures] == ["enough"]
+
+
+class InAFile(Dataset):
+    """Opens its file in each worker, as one does with HDF5: it cannot be read before."""
+
+    def __init__(self, path):
+        self.path, self.rows = path, None
+
+    def __len__(self):
+        return 60
+
+    def __getitem__(self, index):
+        return tuple(column[index] for column in self.rows)
+
+
+def _open_file(worker):
+    dataset = get_worker_info().dataset
+    dataset.rows = torch.load(dataset.path)
+
+
+class FromAFile(Combined):
+    def __init__(self, path):
+        super().__init__("sequential")
+        self.path = path
+
+    def setup(self, stage):
+        super().setup(stage)
+        self.train = InAFile(self.path)
+
+    def train_dataloader(self):
+        return DataLoader(
+            self.train,
+            batch_size=2,
+            num_workers=1,
+            worker_init_fn=_open_file,
+            multiprocessing_context="fork",
+            timeout=60,
+            prefetch_factor=3,
+            persistent_workers=True,
+        )
+
+    def val_dataloader(self):
+        return DataLoader(self.held_out["near"], batch_size=10)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("sources", [None, {"a": range(30), "b": range(30, 60)}])
+def test_a_worker_is_set_up_to_read_also_what_is_scored(tmp_path, sources):
+    torch.save(good(60).tensors, tmp_path / "samples.pt")
+    theirs = FromAFile(tmp_path / "samples.pt")
+    datamodule = DVCDataModule.wrap(theirs, sources, budget=30, rounds=1)
+    looks, before = [], []
+
+    class Looked(Net):
+        def training_step(self, batch, batch_idx):
+            looks.append(len(batch[0]))
+            return super().training_step(batch, batch_idx)
+
+    class Trial(Callback):
+        def on_train_start(self, *args):
+            before.extend(looks)
+
+    trainer(max_epochs=1, callbacks=[DVCCallback(), Trial()]).fit(Looked(), datamodule)
+    assert before == 3 * [len(sources or "x")]  # the trial, of a warm-up of one of each source
+    assert len(datamodule.selection.set_aside) == 0
+    assert len(datamodule.selection) == 30
+    loader = datamodule.train_dataloader()
+    assert (loader.timeout, loader.prefetch_factor, loader.persistent_workers) == (60, 3, True)
+    assert loader.multiprocessing_context.get_start_method() == "fork"
+
+
+def test_a_worker_that_is_spawned_is_set_up_too(tmp_path):
+    theirs = FromAFile(tmp_path / "samples.pt")
+    datamodule = set_up(theirs, {"a": range(30), "b": range(30, 60)})
+    loader = datamodule.train_dataloader()
+    # Sent together, as torch sends them to a worker.
+    served, init = pickle.loads(pickle.dumps((loader.dataset, loader.worker_init_fn)))
+    init.dataset.rows = good(60).tensors
+    assert torch.equal(served[40][0], good(60).tensors[0][40])
+
+
+def test_a_larger_batch_may_take_longer_to_read():
+    settings = LoaderSettings(batch_size=8, num_workers=1, timeout=5, prefetch_factor=9)
+    assert settings.of_workers(64)["timeout"] == 40
+    assert settings.of_workers(4)["timeout"] == 5
+    assert "prefetch_factor" not in settings.of_workers(64)
+
+
+def test_a_loader_that_changes_its_batches_is_replaced_with_a_warning():
+    class Halving(DataLoader):
+        def __iter__(self):
+            return (batch[::2] for batch in super().__iter__())
+
+    class Own(Combined):
+        def train_dataloader(self):
+            return Halving(self.train, batch_size=16)
+
+    with pytest.warns(UserWarning, match="is a Halving, which goes over its batches in a way of"):
+        set_up(Own("sequential"))
 
 
 # -- what the reference is made of
@@ -548,8 +903,11 @@ def test_a_column_is_found_in_parts_and_in_what_was_put_together():
     ("groups", "message"),
     [
         ("bank", r"a column 'bank'.* a Table, has \['input_ids', 'attention_mask', 'label', 'dom"),
-        ([range(3), range(3, 6)], r"for indices, give them by name"),
-        ([range(2), range(2, 6)], r"for indices, give them by name"),
+        ([[0, 1, 2], [3, 4, 5]], r"for indices, give them by name"),
+        ([(0, 2), (2, 6)], r"for indices, give them by name"),
+        ([range(2), [2, 3, 4, 5]], r"for indices, give them by name"),
+        ([range(2), range(1, 6)], r"in more than one source"),
+        ([range(2), range(2, 7)], r"in 0 \.\. 5, but go from 0 to 6"),
         ({"a": np.array([True, False] * 3)}, r"give np.flatnonzero\(mask\)"),
     ],
 )

@@ -1,5 +1,6 @@
 """If Lightning changes what the bridge leans on, these say so, with the version."""
 
+import ast
 import inspect
 import re
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 from helpers.problems import Net, good, trainer
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from torch.utils.data import DataLoader
 
@@ -63,6 +64,10 @@ def test_lightning_still_has_what_the_bridge_uses():
             self.save_hyperparameters()
 
     assert (Saving()._log_hyperparams, Saving()._hparams_name) == (True, "kwargs"), VERSION
+    lines = {"init_validation_tqdm", "train_progress_bar", "is_enabled", "total_train_batches"}
+    assert lines <= set(dir(TQDMProgressBar)), f"{VERSION} has no longer what bars.py uses"
+    lines = {"progress", "train_progress_bar_id", "is_enabled", "total_train_batches", "refresh"}
+    assert lines <= set(dir(RichProgressBar())), f"{VERSION} has no longer what bars.py uses"
 
 
 def test_all_private_names_of_the_bridge_are_looked_for():
@@ -101,15 +106,66 @@ def test_a_missing_name_is_found():
     assert not has(run, "no_such_loop.epoch_loop")
 
 
+# What the package takes from torch itself.
+OF_TORCH = {"_base", "_version", "_buffers", "_reversed_padding_repeated_twice", "_BatchNorm"}
+OF_TORCH |= {"_get_fsdp_state", "_fsdp_param_group", "_fsdp_param_groups"}
+
+# Lightning's, not private by their names, but not documented either.
+LOOPS = {"fit_loop", "epoch_loop", "val_loop", "epoch_progress", "batch_progress"}
+LOOPS |= {"precision_plugin", "batch_to_device", "distributed_sampler_kwargs"}
+
+
+def private_names(source):
+    """Names with an underscore that code defines, and those that it asks something for."""
+    defined, used = set(), set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            defined.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            defined.add(node.id)
+        elif isinstance(node, ast.Attribute):
+            own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+            stores = own and isinstance(node.ctx, ast.Store)
+            (defined if stores else used).add(node.attr)
+        elif isinstance(node, ast.ImportFrom):
+            used.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "setattr"):
+            used.update(arg.value for arg in node.args[1:2] if isinstance(arg, ast.Constant))
+    return (
+        {name for name in names if name.startswith("_") and not name.startswith("__")}
+        for names in (defined, used)
+    )
+
+
 def test_only_the_bridge_uses_what_is_private():
     package = Path(trainer_bridge.__file__).parent
-    private = re.compile(
-        r"(trainer|module|strategy|_loop|wrapped)\._(?!adopt\b|buffers\b)[a-z]|fit_loop|_on_before_batch"
-        r"|_log_hyperparams|_hparams_name"
-    )
-    files = {path.name: path.read_text(encoding="utf-8") for path in package.rglob("*.py")}
-    users = {name for name, source in files.items() if private.search(source)}
-    assert users == {"trainer_bridge.py"}
+    files = {path: path.read_text(encoding="utf-8") for path in package.rglob("*.py")}
+    found = {path.name: private_names(source) for path, source in files.items()}
+    found = {name: tuple(pair) for name, pair in found.items()}
+    own = set().union(*(defined for defined, _ in found.values()))
+    users = {name: used - own - OF_TORCH for name, (_, used) in found.items()}
+    assert {name for name, used in users.items() if used} == {"trainer_bridge.py"}, users
+    loops = re.compile(rf"\.({'|'.join(sorted(LOOPS))})\b")
+    assert [path.name for path in files if loops.search(files[path])] == ["trainer_bridge.py"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "wrapped._log_hyperparams",
+        "self._hparams_name",
+        "x.y._results.reset()",
+        "getattr(run, '_evaluation_loop', None)",
+        "setattr(data, '_hparams', {})",
+        "from lightning.pytorch.loops.fit_loop import _FitLoop",
+        "del run._last",
+    ],
+)
+def test_whatever_is_private_and_not_of_the_package_is_found(line):
+    source = f"def f(self, x, y, run, data, wrapped):\n    self._own = x\n    y._own\n    {line}"
+    defined, used = private_names(source)
+    assert defined == {"_own"}
+    assert len(used - defined) == 1
 
 
 class Growing(Callback):

@@ -73,16 +73,19 @@ BY_NAME = ["good"] * 60 + ["wrong"] * 40
     [
         BY_NAME,
         {"good": range(60), "wrong": range(60, 100)},
+        [range(60), range(60, 100)],
         {"good": torch.arange(60), "wrong": list(range(60, 100))},
         {"good": good(60), "wrong": wrong(40)},
         None,
     ],
-    ids=["names", "ranges", "indices", "datasets", "one source"],
+    ids=["names", "ranges", "list of ranges", "indices", "datasets", "one source"],
 )
 def test_an_existing_datamodule_keeps_what_it_does(sources):
     existing = Existing()
     datamodule, net = fit(existing, sources)
     names = ["train"] if sources is None else ["good", "wrong"]
+    if isinstance(sources, list) and isinstance(sources[0], range):
+        names = ["0", "1"]
     assert datamodule.pools.names == names
     assert datamodule.budget == len(datamodule.selection) == 30
     assert {

@@ -38,7 +38,10 @@ def try_out(probe: Probe, dataset: Dataset[Any], ids: Tensor) -> Trial:
         ids: ``(n,)`` samples to look at.
     """
     mixed, random = set(), set()
-    for loaded in load_batches(dataset, ids, probe.collate, probe.batch_size, probe.num_workers):
+    batches = load_batches(
+        dataset, ids, probe.collate, probe.batch_size, probe.num_workers, **probe.worker_settings
+    )
+    for loaded in batches:
         if not len(loaded.ids):
             continue
         seen = list(probe.look(loaded))

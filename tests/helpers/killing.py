@@ -4,6 +4,7 @@ import os
 import signal
 import traceback
 
+import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.utils.data import Dataset
 
@@ -95,3 +96,12 @@ def is_killed(run):
     code = os.waitstatus_to_exitcode(status)
     assert code in (0, -signal.SIGKILL), "the run failed, see what it printed"
     return code != 0
+
+
+def plain(state):
+    """A state as plain values, so that it can be compared; without times."""
+    if isinstance(state, torch.Tensor):
+        return state.dtype, state.shape, state.nan_to_num(nan=-1e9).tolist()
+    if isinstance(state, dict):
+        return {k: plain(v) for k, v in state.items() if k not in ("clock", "n_bytes")}
+    return [plain(value) for value in state] if isinstance(state, list | tuple) else state
