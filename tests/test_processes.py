@@ -283,7 +283,7 @@ def test_processes_that_see_samples_otherwise_choose_the_same(tmp_path):
     one, two = fit_apart(
         tmp_path / "two",
         net=Counting,
-        choose=lambda: DVC(FixedWeights(), take_back=0.3, disown_quantile=0.5),
+        choose=lambda: DVC(FixedWeights(), take_back=0.3, disown_rate=1.0),
         datamodule=lambda: make({"a": Noisy(101), "b": Noisy(102, 7), "c": wrong(57)}, rounds=5),
         devices=2,
         max_epochs=6,

@@ -75,7 +75,7 @@ def refining():
         reward="gain",
         refine=True,
         take_back=0.3,
-        disown_quantile=0.5,
+        disown_rate=1.0,
         drift_tolerance=10.0,
     )
 

@@ -1,7 +1,7 @@
 """Choose the best candidates of a round without letting it become one-sided.
 
-Best first, and a candidate is passed over where its source or its class is full this round or
-where it nearly repeats a sample that is selected already.
+Best first, and a candidate is passed over where its source or its class is full this round, where
+it nearly repeats a sample that is selected already, or where the model disbelieves its target.
 """
 
 from collections import Counter
@@ -13,11 +13,12 @@ from torch import Tensor
 
 from lightning_dvc.errors import ConfigurationError
 
-Rule = Literal["arm", "class", "duplicate"]
+Rule = Literal["arm", "class", "duplicate", "belief"]
 
 _STAGES: Final[tuple[tuple[Rule, ...], ...]] = (
-    ("arm", "class", "duplicate"),
-    ("arm", "duplicate"),
+    ("arm", "class", "duplicate", "belief"),
+    ("arm", "duplicate", "belief"),
+    ("arm", "belief"),
     ("arm",),
 )
 _ROUNDING: Final = 1e-9
@@ -30,7 +31,7 @@ class Diversified:
     Attributes:
         positions: ``(k,)`` int64 positions of the chosen among the candidates, in order of choice.
         passed_over: Candidates that each rule kept out while all rules held, each counted under
-            the first of ``arm``, ``class``, ``duplicate`` that it broke.
+            the first of ``arm``, ``class``, ``duplicate``, ``belief`` that it broke.
         relaxed: Of those, how many were chosen after all because the quota was not met.
     """
 
@@ -51,6 +52,7 @@ def diversify(
     class_ceiling: Tensor | None = None,
     duplicate_of_known: Tensor | None = None,
     duplicate_pairs: Tensor | None = None,
+    disbelieved: Tensor | None = None,
     relax: bool = True,
 ) -> Diversified:
     """Choose up to ``quota`` candidates, best first, under the diversification rules.
@@ -58,9 +60,9 @@ def diversify(
     The floors of the sources are served first, each source by its own best.
 
     If the candidates run out before the quota is met, and ``relax`` says so, the class ceiling is
-    dropped, then the rule against near-duplicates, and what was passed over gets another chance in
-    the same order, so that a budget is used where there is stock. The arm ceiling and the quota
-    always hold.
+    dropped, then the rule against near-duplicates, at last that against disbelieved targets, and
+    what was passed over gets another chance in the same order, so that a budget is used where there
+    is stock. The arm ceiling and the quota always hold.
 
     Args:
         values: ``(n,)`` DVC values, the greater the better, no NaN.
@@ -76,7 +78,8 @@ def diversify(
             none does.
         duplicate_pairs: ``(p, 2)`` positions of candidates that nearly repeat each other. None:
             none do.
-        relax: Whether the quota matters more than classes and near-duplicates, as in a last round.
+        disbelieved: ``(n,)`` bool, whose targets the model disbelieves. None: nobody's.
+        relax: Whether the quota matters more than the other rules, as in a last round.
 
     Returns:
         The chosen positions and what the rules did.
@@ -91,9 +94,10 @@ def diversify(
         ...     quota=2, arm_ceiling=torch.tensor([2, 2]), class_ceiling=torch.tensor([1, 1]),
         ... )
         >>> chosen.positions, chosen.passed_over
-        (tensor([0, 2]), {'arm': 0, 'class': 1, 'duplicate': 0})
+        (tensor([0, 2]), {'arm': 0, 'class': 1, 'duplicate': 0, 'belief': 0})
     """
-    _check(values, quota, ids=ids, arms=arms, labels=labels, known=duplicate_of_known)
+    per_candidate = {"known": duplicate_of_known, "disbelieved": disbelieved}
+    _check(values, quota, ids=ids, arms=arms, labels=labels, **per_candidate)
     by_id = torch.argsort(ids, stable=True)
     order = by_id[torch.argsort(values[by_id], descending=True, stable=True)]
     resembling: dict[int, list[int]] = {}
@@ -108,6 +112,7 @@ def diversify(
         class_room=None if class_ceiling is None else class_ceiling.tolist(),
         duplicate=[False] * len(ids) if duplicate_of_known is None else duplicate_of_known.tolist(),
         resembling=resembling,
+        disbelieved=[False] * len(ids) if disbelieved is None else disbelieved.tolist(),
     )
     return choice.run(order.tolist(), quota, _STAGES if relax else _STAGES[:1])
 
@@ -173,6 +178,7 @@ class _Choice:
         class_room: list[int] | None,
         duplicate: list[bool],
         resembling: dict[int, list[int]],
+        disbelieved: list[bool],
     ) -> None:
         self.arms, self.labels = arms, labels
         self.arm_room = arm_room
@@ -180,6 +186,7 @@ class _Choice:
         self.class_room = class_room or []
         self.duplicate = duplicate
         self.resembling = resembling
+        self.disbelieved = disbelieved
         self.chosen: list[int] = []
 
     def run(
@@ -220,6 +227,7 @@ class _Choice:
             "arm": self.arm_room[self.arms[position]] <= 0,
             "class": 0 <= label < len(self.class_room) and self.class_room[label] <= 0,
             "duplicate": self.duplicate[position],
+            "belief": self.disbelieved[position],
         }
         return next((rule for rule in rules if forbids[rule]), None)
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from lightning_dvc.errors import check_settings
 from lightning_dvc.policy.bandit import SourceBandit
+from lightning_dvc.policy.belief import disbelieved, least_believed
 from lightning_dvc.policy.diversify import class_ceilings, diversify
 from lightning_dvc.policy.layers import LayerWeighting, LayerWeights
-from lightning_dvc.policy.refine import disowned, threshold
 from lightning_dvc.policy.weights import DEFAULT_WEIGHTS, FixedWeights, WeightPolicy, trusted
 from lightning_dvc.pools import Pools
 from lightning_dvc.records import Choice
@@ -85,8 +85,12 @@ class DVC:
             every candidate, but only where stability has a weight.
         take_back: Largest share of the selection that one round takes back, in ``[0, 1]``; from
             round 3 on, and not in the last.
-        disown_quantile: A selected sample is disowned if recent model states find its target less
-            plausible than this share of the reference samples' targets; in ``[0, 1]``.
+        disbelief_rate: Candidates whose targets the model finds implausible are passed over where
+            their source has more of them than the held-out samples explain: of those passed over,
+            the share that may be like held-out ones, in ``[0, 1]``; 0 for no such rule. See
+            :func:`~lightning_dvc.policy.belief.disbelieved`.
+        disown_rate: The same for selected samples, by what recent model states found: those are
+            taken back; in ``[0, 1]``.
         class_slack: How far a class may exceed its share of the reference's label mix in one round,
             at least 1; infinite for no such rule.
         duplicate_angle: Largest angle in radians between the features of near-duplicates, of which
@@ -129,7 +133,8 @@ class DVC:
         review_size: int = 10_000,
         stability_window: int = 4,
         take_back: float = 0.1,
-        disown_quantile: float = 0.05,
+        disbelief_rate: float = 0.2,
+        disown_rate: float = 0.5,
         class_slack: float = 1.5,
         duplicate_angle: float = 0.1,
         density: Literal["exact", "lsh"] = "exact",
@@ -144,7 +149,8 @@ class DVC:
             ("review_size", review_size, review_size >= 1, "at least 1"),
             ("stability_window", stability_window, stability_window >= 0, "at least 0"),
             ("take_back", take_back, 0 <= take_back <= 1, "in [0, 1]"),
-            ("disown_quantile", disown_quantile, 0 <= disown_quantile <= 1, "in [0, 1]"),
+            ("disbelief_rate", disbelief_rate, 0 <= disbelief_rate <= 1, "in [0, 1]"),
+            ("disown_rate", disown_rate, 0 <= disown_rate <= 1, "in [0, 1]"),
             ("class_slack", class_slack, class_slack >= 1, "at least 1"),
             ("duplicate_angle", duplicate_angle, 0 <= duplicate_angle <= math.pi, "in [0, pi]"),
             ("reward", reward, reward in REWARDS, f"one of {REWARDS}"),
@@ -154,7 +160,8 @@ class DVC:
         self.layer_weights = LayerWeights(layer_weights)
         self.reward = reward
         self.take_back = take_back
-        self.disown_quantile = disown_quantile
+        self.disbelief_rate = disbelief_rate
+        self.disown_rate = disown_rate
         self.class_slack = class_slack
         self._new_bandit = partial(
             SourceBandit,
@@ -279,7 +286,7 @@ class DVC:
         return this.group.first(self.weights.ask(this.progress), this.probe.device)
 
     def _disowned(self, this: Round, examined: Examined) -> Tensor:
-        """Selected samples that recent model states find less plausible than reference ones."""
+        """Selected samples that recent model states have come to disbelieve."""
         if this.number < _TAKE_BACK_FROM or (this.is_last and not self.refines):
             return torch.empty(0, dtype=torch.int64)
         # Not more than can be replaced, beside what is still to be added.
@@ -287,8 +294,10 @@ class DVC:
         _, room = this.arm_bounds(torch.empty(0, dtype=torch.int64), missing)
         spare = int(torch.minimum(this.pools.stock, room).sum()) - missing
         most = min(int(self.take_back * len(this.selected)), max(spare, 0))
-        limit = threshold(examined.reference_confidence, self.disown_quantile)
-        return this.selected[disowned(examined.selected_confidence, limit, most)]
+        confidence = examined.selected_recently
+        arms = this.pools.arms_of(this.selected)
+        among = disbelieved(confidence, examined.reference_recently, arms, self.disown_rate)
+        return this.selected[least_believed(confidence, among, most)]
 
     def _draw(self, this: Round, bandit: SourceBandit, quota: int, removed: Tensor) -> Tensor:
         """Candidates ``(n,)``, ascending, divided over the sources as the bandit says."""
@@ -336,10 +345,11 @@ class DVC:
         """The best candidates under the diversification rules, and their positions."""
         floor, ceiling = this.arm_bounds(removed, quota)
         known, among = self._observer.duplicates(scores.codes)
+        arms = this.pools.arms_of(scores.ids)
         found = diversify(
             values,
             scores.ids,
-            this.pools.arms_of(scores.ids),
+            arms,
             scores.labels,
             quota=quota,
             arm_ceiling=ceiling,
@@ -347,6 +357,7 @@ class DVC:
             class_ceiling=self._class_ceiling(scores.labels, examined.labels, quota),
             duplicate_of_known=known,
             duplicate_pairs=among,
+            disbelieved=self._disbelieved(scores, examined, arms),
             # What a round leaves over, the next ones make up for with other candidates.
             relax=this.is_last,
         )
@@ -355,6 +366,16 @@ class DVC:
         figures["candidates"] = float(len(scores))
         raw = scores.rows(places).raw()
         return Choice(scores.ids[places], values[places], raw, weights, removed, figures), places
+
+    def _disbelieved(self, scores: Scores, examined: Examined, arms: Tensor) -> Tensor | None:
+        """Candidates with too implausible targets; None without held-out samples.
+
+        Selected samples cannot stand in for these: the model has been trained on them.
+        """
+        if examined.held_out == 0:
+            return None
+        now = scores.confidence[:, 0]
+        return disbelieved(now, examined.reference_confidence, arms, self.disbelief_rate)
 
     def _figures(self, this: Round, earned: Tensor | None, alpha: Tensor) -> dict[str, float]:
         """What is told of a round beside what was chosen."""

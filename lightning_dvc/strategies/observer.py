@@ -62,8 +62,9 @@ class Examined:
         gradient: Per layer, the mean reference gradient, a full gradient.
         labels: ``(m,)`` classes of the reference samples, -1 where there is none.
         held_out: Share of held-out samples in the reference, in ``[0, 1]``.
-        reference_confidence: ``(m,)`` how plausible recent model states find their targets.
-        selected_confidence: ``(s,)`` the same of all selected samples, NaN where it is not known.
+        reference_confidence: ``(m,)`` how plausible the model finds their targets.
+        reference_recently: ``(m,)`` the same, averaged over recent model states.
+        selected_recently: ``(s,)`` that of all selected samples, NaN where it is not known.
     """
 
     standards: list[LayerStandards]
@@ -71,7 +72,8 @@ class Examined:
     labels: Tensor
     held_out: float
     reference_confidence: Tensor
-    selected_confidence: Tensor
+    reference_recently: Tensor
+    selected_recently: Tensor
 
 
 class Observer:
@@ -142,6 +144,7 @@ class Observer:
             [layer.overall for layer in means],
             labels,
             self._trust,
+            reference.confidence[:, 0].float().cpu(),
             seen.recent(reference.ids, this.number).nanmean(1),
             of_selected.recent(this.selected, this.number).nanmean(1),
         )

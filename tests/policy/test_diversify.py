@@ -19,27 +19,28 @@ def choose_by_hand(p):
     def near(i, j):
         return [i, j] in p.pairs or [j, i] in p.pairs
 
-    def allowed(i, class_rule, duplicate_rule):
+    def allowed(i, class_rule, duplicate_rule, belief_rule):
         if sum(p.arms[c] == p.arms[i] for c in chosen) >= p.arm_ceiling[p.arms[i]]:
             return False
         label = p.labels[i]
         mates = sum(p.labels[c] == label for c in chosen)
         if class_rule and 0 <= label < N_CLASSES and mates >= p.class_ceiling[label]:
             return False
+        if belief_rule and p.disbelieved[i]:
+            return False
         return not (duplicate_rule and (p.known[i] or any(near(i, c) for c in chosen)))
 
     def below_floor(i):
         return sum(p.arms[c] == p.arms[i] for c in chosen) < p.arm_floor[p.arms[i]]
 
-    stages = [(True, True), (False, True), (False, False)][: 3 if p.relax else 1]
-    for floor, (class_rule, duplicate_rule) in itertools.product([True, False], stages):
+    stages = [(True, True, True), (False, True, True), (False, False, True), (False,) * 3]
+    stages = stages if p.relax else stages[:1]
+    for floor, rules in itertools.product([True, False], stages):
         while len(chosen) < p.quota:
             free = [
                 i
                 for i in range(len(p.values))
-                if i not in chosen
-                and allowed(i, class_rule, duplicate_rule)
-                and (below_floor(i) or not floor)
+                if i not in chosen and allowed(i, *rules) and (below_floor(i) or not floor)
             ]
             if not free:
                 break
@@ -59,6 +60,7 @@ class Problem:
         self.arms = rows(st.integers(0, N_ARMS - 1))
         self.labels = rows(st.integers(-1, N_CLASSES))
         self.known = rows(st.booleans())
+        self.disbelieved = rows(st.booleans())
         position = st.integers(0, max(n - 1, 0))
         self.pairs = draw(
             st.lists(st.lists(position, min_size=2, max_size=2), max_size=6 * (n > 0))
@@ -82,6 +84,7 @@ class Problem:
             arm_floor=torch.tensor(self.arm_floor),
             relax=self.relax,
             duplicate_pairs=torch.tensor(self.pairs, dtype=torch.int64).reshape(-1, 2),
+            disbelieved=torch.tensor(self.disbelieved, dtype=torch.bool),
         )
 
 
@@ -136,8 +139,17 @@ def test_class_ceiling_gives_way_before_near_duplicates():
         duplicate_of_known=torch.tensor([True, False, False, False]),
     )
     assert result.positions.tolist() == [1, 2, 3, 0]
-    assert result.passed_over == {"arm": 0, "class": 1, "duplicate": 1}
-    assert result.relaxed == {"arm": 0, "class": 1, "duplicate": 1}
+    assert result.passed_over == {"arm": 0, "class": 1, "duplicate": 1, "belief": 0}
+    assert result.relaxed == {"arm": 0, "class": 1, "duplicate": 1, "belief": 0}
+
+
+def test_what_is_disbelieved_comes_last():
+    first, second = torch.tensor([True, False, False, False]), torch.tensor([0, 1, 0, 0]).bool()
+    rules = {"disbelieved": first, "duplicate_of_known": second}
+    result = choose([0.9, 0.8, 0.7, 0.6], **rules)
+    assert result.positions.tolist() == [2, 3, 1, 0]
+    assert result.passed_over["belief"] == result.relaxed["belief"] == 1
+    assert choose([0.9, 0.8, 0.7, 0.6], **rules, relax=False).positions.tolist() == [2, 3]
 
 
 def test_near_duplicates_among_the_candidates():

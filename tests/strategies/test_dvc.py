@@ -68,6 +68,36 @@ def test_wrong_labels_are_kept_out_and_taken_back():
     assert all(len(choices[number].remove) == 0 for number in (0, 1, ROUNDS - 1))
 
 
+def chosen_late(rate, n_wrong, budget):
+    """A run that would take wrong labels for uncertain: how many it adds late, and of how many."""
+    settings = {"temperature": 100.0, "take_back": 0.0, "disbelief_rate": rate}
+    strategy = DVC(FixedWeights({"uncertainty": 1, "relevance": 0.5}), **settings)
+    run = Run(strategy, {"good": good(200), "wrong": wrong(n_wrong)}, budget=budget, steps=60)
+    choices = run.all()
+    assert len(run.selected) == budget
+    late = torch.cat([choice.add for choice in choices[3:]])
+    return int((run.pools.arms_of(late) == 1).sum()), len(late)
+
+
+def test_disbelieved_candidates_are_passed_over():
+    n_wrong, n_late = chosen_late(0.2, n_wrong=100, budget=120)
+    assert n_wrong < 0.1 * n_late
+    n_wrong, n_late = chosen_late(0.0, n_wrong=100, budget=120)
+    assert n_wrong > 0.2 * n_late
+
+
+def test_disbelieved_candidates_are_chosen_when_nothing_else_is_left():
+    n_wrong, _ = chosen_late(0.2, n_wrong=100, budget=280)
+    assert n_wrong > 30
+
+
+def test_without_held_out_samples_nobody_is_disbelieved():
+    """What stands in for them has been trained on: all others are less plausible."""
+    run = Run(DVC(), {"good": good()}, reference=False)
+    assert sum(choice.figures["passed_over/belief"] for choice in run.all()) == 0
+    assert len(run.selected) == run.budget
+
+
 def test_nothing_is_taken_back_if_not_wanted():
     choices = Run(DVC(take_back=0.0), {"good": good(), "wrong": wrong()}).all()
     assert sum(len(choice.remove) for choice in choices) == 0
@@ -236,7 +266,9 @@ def test_relevance_alone_counts_also_without_held_out_samples():
 
 def test_learnt_layer_weights_change_with_what_is_taken_back():
     weights = FixedWeights({"uncertainty": 1, "diversity": 1, "quality": 1})  # lets many through
-    strategy = DVC(weights, temperature=1.0, layer_weights="learned")
+    # And whatever is selected, the least plausible tenth of it is taken back.
+    settings = {"disbelief_rate": 0.0, "disown_rate": 1.0, "temperature": 1.0}
+    strategy = DVC(weights, layer_weights="learned", **settings)
     choices = Run(strategy, {"good": good(), "wrong": wrong()}, budget=120).all()
     told = [[c.figures[f"layer_weight/{number}"] for number in range(2)] for c in choices]
     assert told[0] == [0.5, 0.5]
@@ -373,7 +405,7 @@ def test_hashed_density_ranks_about_as_the_exact_one():
         ({"review_size": 0}, "review_size must be at least 1"),
         ({"stability_window": -1}, "stability_window must be at least 0"),
         ({"take_back": 1.5}, r"take_back must be in \[0, 1\]"),
-        ({"disown_quantile": -0.1}, r"disown_quantile must be in \[0, 1\]"),
+        ({"disown_rate": -0.1}, r"disown_rate must be in \[0, 1\]"),
         ({"class_slack": 0.5}, "class_slack must be at least 1"),
         ({"duplicate_angle": 4.0}, r"duplicate_angle must be in \[0, pi\]"),
         ({"density": "kde"}, "'exact' or 'lsh'"),

@@ -131,10 +131,11 @@ def test_confidence_in_the_reference_is_the_mean_over_the_states_that_saw_it(siz
             mean_over(table[:, i].tolist(), [i in seen for seen in drawn[: len(recent)]])
             for i in ids
         ]
-        torch.testing.assert_close(examined.reference_confidence, torch.tensor(expected))
+        torch.testing.assert_close(examined.reference_recently, torch.tensor(expected))
         assert examined.labels.tolist() == y[ids].tolist()
         present = plausibility(rounds.net, x, y)[ids]
-        apart.append(float((examined.reference_confidence - present).abs().max()))
+        torch.testing.assert_close(examined.reference_confidence, present)
+        apart.append(float((examined.reference_recently - present).abs().max()))
         rounds.end()
     assert max(apart) > 1e-2  # the mean is not the present alone
 
@@ -146,9 +147,9 @@ def test_confidence_in_the_selection_is_the_mean_over_the_states_that_saw_it():
         examined = rounds.examine()
         recent = [plausibility(net, x, y) for net in rounds.states[: WINDOW + 1]]
         expected = torch.stack(recent).mean(0)
-        torch.testing.assert_close(examined.selected_confidence, expected)
+        torch.testing.assert_close(examined.selected_recently, expected)
         # Without a reference the selection stands in for it.
-        torch.testing.assert_close(examined.reference_confidence, expected)
+        torch.testing.assert_close(examined.reference_recently, expected)
         rounds.end()
 
 
@@ -164,8 +165,8 @@ def test_what_was_seen_of_the_reference_outlives_a_restart(size, tmp_path):
     broken.observer.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     for _ in range(3):
         expected, found = straight.examine(), broken.examine()
-        assert torch.equal(found.reference_confidence, expected.reference_confidence)
-        assert torch.equal(found.selected_confidence, expected.selected_confidence)
+        assert torch.equal(found.reference_recently, expected.reference_recently)
+        assert torch.equal(found.selected_recently, expected.selected_recently)
         for one, other in zip(found.standards, expected.standards, strict=True):
             assert (one.median, one.mad) == (other.median, other.mad)
             assert torch.equal(one.momentum, other.momentum)
