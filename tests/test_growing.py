@@ -204,6 +204,6 @@ def test_an_added_source_gets_its_least_share_of_what_is_left_and_no_more_than_i
 def test_a_full_budget_makes_room_for_an_added_source_only_where_it_is_refined():
     for refine in (False, True):
         datamodule = make({"good": good(60), "bad": wrong()}, rounds=2)
-        fit(datamodule, Net(), [Adding(NEW)], dvc=DVC(refine=refine))
+        fit(datamodule, Net(), [Adding(NEW)], dvc=DVC(refine=refine, disown_rate=1.0))
         assert len(datamodule.selection) == BUDGET
         assert bool(datamodule.arm_counts()[2] > 0) is refine

@@ -19,7 +19,7 @@ from lightning_dvc.records import METRICS
 
 _LOGGER = logging.getLogger(__name__)
 
-DEFAULT_WEIGHTS: Final = {"quality": 0.3, "relevance": 1.0, "diversity": 0.1, "uncertainty": 1.0}
+DEFAULT_WEIGHTS: Final = {"quality": 0.3, "relevance": 0.7, "diversity": 0.1, "uncertainty": 1.0}
 """No other weights measured better: ``python -m examples.ablation``."""
 
 _COLUMNS: Final = (*METRICS, "progress", "score")

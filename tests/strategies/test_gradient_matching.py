@@ -24,7 +24,7 @@ def left_over(atoms, target, chosen):
 
 @settings(deadline=None, max_examples=60)
 @given(n=st.integers(2, 7), k=st.integers(1, 4), seed=st.integers(0, 199))
-def test_the_first_is_the_most_alike_and_the_rest_is_near_the_best(n, k, seed):
+def test_the_most_alike_is_chosen_and_the_rest_is_near_the_best(n, k, seed):
     rng = np.random.default_rng(seed)
     atoms = rng.normal(size=(5, n))
     atoms /= np.linalg.norm(atoms, axis=0)
@@ -32,7 +32,8 @@ def test_the_first_is_the_most_alike_and_the_rest_is_near_the_best(n, k, seed):
     k = min(k, n)
     chosen = match(atoms.T @ atoms, atoms.T @ target, k, ridge=0.0).tolist()
     assert len(set(chosen)) == k
-    assert chosen[0] == (atoms.T @ target).argmax()
+    # Not always as the first: its weight may vanish when all are fitted again.
+    assert (atoms.T @ target).argmax() in chosen
     best = min(left_over(atoms, target, some) for some in itertools.combinations(range(n), k))
     nothing = np.linalg.norm(target)
     # A greedy choice need not be the best one, but never is the worst.
