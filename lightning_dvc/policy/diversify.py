@@ -57,7 +57,8 @@ def diversify(
 ) -> Diversified:
     """Choose up to ``quota`` candidates, best first, under the diversification rules.
 
-    The floors of the sources are served first, each source by its own best.
+    The floors of the sources are served first, each source by its own best; they are promises, so
+    that for their sake the rules give way in any round, in the order told below.
 
     If the candidates run out before the quota is met, and ``relax`` says so, the class ceiling is
     dropped, then the rule against near-duplicates, at last that against disbelieved targets, and
@@ -194,8 +195,8 @@ class _Choice:
     ) -> Diversified:
         reasons: dict[int, Rule] = {}
         waiting = order
-        floors_first = [(rules, floor) for floor in (True, False) for rules in stages]
-        for rules, floor in floors_first[0 if any(self.arm_floor) else len(stages) :]:
+        floors = [(rules, True) for rules in _STAGES] if any(self.arm_floor) else []
+        for rules, floor in [*floors, *((rules, False) for rules in stages)]:
             left: list[int] = []
             for place, position in enumerate(waiting):
                 if len(self.chosen) == quota:

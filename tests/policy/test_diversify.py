@@ -1,4 +1,3 @@
-import itertools
 import math
 
 import pytest
@@ -34,8 +33,8 @@ def choose_by_hand(p):
         return sum(p.arms[c] == p.arms[i] for c in chosen) < p.arm_floor[p.arms[i]]
 
     stages = [(True, True, True), (False, True, True), (False, False, True), (False,) * 3]
-    stages = stages if p.relax else stages[:1]
-    for floor, rules in itertools.product([True, False], stages):
+    last = stages if p.relax else stages[:1]
+    for floor, rules in [*((True, rules) for rules in stages), *((False, rules) for rules in last)]:
         while len(chosen) < p.quota:
             free = [
                 i

@@ -127,6 +127,13 @@ def test_shares_of_sources_are_kept(strategy):
     assert len(run.selected) == BUDGET
 
 
+def test_a_source_that_is_disbelieved_keeps_its_least_share_in_every_round():
+    run = Run(DVC(take_back=0.0), {"good": good(), "wrong": Source(wrong(), min_share=0.4)})
+    for _ in range(ROUNDS):
+        run.round()
+        assert run.shares()["wrong"] >= 0.4 - 1 / len(run.selected)
+
+
 def test_an_exhausted_source_leaves_the_rest_to_the_others():
     run = Run(DVC(take_back=0.0), {"good": good(20), "wrong": wrong()})
     run.all()
