@@ -32,7 +32,7 @@ DATASETS: dict[str, dict[str, Any]] = {
     "digits": {"batch_size": 16},
     "news": {},
 }
-BUDGETS = (0.1, 0.2)
+BUDGETS = (0.1, 0.2, 0.4)
 USUAL_VAL = 500
 
 
@@ -70,9 +70,11 @@ VARIANTS: dict[str, Variant] = {
     "reference: no validation": Variant(datamodule={"val": None}),
     "weights: equal": _weighing(**dict.fromkeys(METRICS, 1.0)),
     "weights: learned": Variant(lambda: DVC(BayesianWeights(max_share=None))),
-    "weights: half the relevance": _weighing(relevance=0.5),
+    "weights: relevance 1": _weighing(relevance=1.0),
+    "weights: relevance 0.5": _weighing(relevance=0.5),
     "weights: no relevance": _weighing(relevance=0.0),
     "weights: no uncertainty": _weighing(uncertainty=0.0),
+    "weights: some stability": _weighing(stability=0.3),
     "relevance: overall": _of(class_relevance=False),
     "layers: by depth": _of(layer_weights="depth"),
     "layers: learned": _of(layer_weights="learned"),
@@ -85,6 +87,9 @@ VARIANTS: dict[str, Variant] = {
     "rounds: 5": Variant(datamodule={"rounds": 5}),
     "rounds: 20": Variant(datamodule={"rounds": 20}),
     "no take-back": _of(take_back=0.0),
+    "nobody passed over": _of(disbelief_rate=0.0),
+    "disbelief rate: 0.5": _of(disbelief_rate=0.5),
+    "disown rate: 0.2": _of(disown_rate=0.2),
     "refine to the end": _of(refine=True),
     "overhead: at most 15%": Variant(callback={"max_overhead": 0.15}),
     "bandit: flat": _of(temperature=1.0),
