@@ -2,8 +2,8 @@
 
 Run ``python -m examples.paper table1 --data-dir DIR``; likewise ``sizes`` (Table 1 with other sizes
 of the validation set), ``table2`` (which metrics help) and ``table3`` (scale). Each writes one row
-per finished run to ``artefacts/paper/<table>.csv``, goes on where it stopped, and prints the table;
-with ``--only-report``, of what there is.
+per finished run to ``artefacts/paper/<table>.csv``, goes on where it stopped, prints the table, and
+plots it beside the file, but for ``table2``; with ``--only-report``, of what there is.
 """
 
 import argparse
@@ -87,8 +87,8 @@ def _tables(arguments: argparse.Namespace, path: Path) -> str:
         jobs = [job for job in wanted if job not in done and _is_wanted(job, arguments)]
         rows = run_all(jobs, runner(arguments.data_dir), path, COLUMNS, arguments.processes)
         done |= {job_of(row): row for row in rows}
-    if arguments.table == "table1":
-        report.draw(done, path.with_suffix(".svg"))
+    if arguments.table in report.PLOTS:
+        report.PLOTS[arguments.table](done, path.with_suffix(".svg"))
     return report.REPORTS[arguments.table](done)
 
 
@@ -99,6 +99,7 @@ def _table3(arguments: argparse.Namespace, path: Path) -> str:
         jobs = [job for job in wanted if job not in done and _is_wanted(job, arguments)]
         run = scale.runner(arguments.data_dir, arguments.accelerator)
         done |= {scale.job_of(row): row for row in run_all(jobs, run, path, scale.COLUMNS, 1)}
+    report.draw_table3(done, path.with_suffix(".svg"))
     return report.table3(done)
 
 

@@ -4,6 +4,7 @@ import csv
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -30,8 +31,8 @@ NAMES = {
 }
 
 
-def numbers(rows: Rows, figure: str, job: Job) -> np.ndarray:
-    """A figure of every seed of a job, by seed; of those that have it."""
+def by_seed(rows: Rows, figure: str, job: Job) -> dict[int, float]:
+    """A figure of a job, of every seed that has it, in order."""
     if job.method in WITHOUT_BUDGET:
         job = job._replace(budget=1.0)
     found = {
@@ -39,8 +40,12 @@ def numbers(rows: Rows, figure: str, job: Job) -> np.ndarray:
         for other, row in rows.items()
         if other._replace(seed=0) == job._replace(seed=0)
     }
-    values: np.ndarray = np.array([found[seed] for seed in sorted(found)])
-    return np.asarray(values[~np.isnan(values)])
+    return {seed: found[seed] for seed in sorted(found) if not math.isnan(found[seed])}
+
+
+def numbers(rows: Rows, figure: str, job: Job) -> np.ndarray:
+    """The same as an array."""
+    return np.array(list(by_seed(rows, figure, job).values()))
 
 
 def cell(values: np.ndarray, percent: bool = True) -> str:
@@ -88,18 +93,26 @@ def table(rows: Rows, figure: str, budget: float, n_val: int = N_VAL) -> str:
     )
 
 
-def closed(rows: Rows, method: str, dataset: str, budget: float, n_val: int = N_VAL) -> float:
-    """Share of the way from random to clean-only selection that a method closes.
+def means_of(
+    rows: Rows, names: Sequence[str], dataset: str, budget: float, n_val: int = N_VAL
+) -> dict[str, float]:
+    """Mean accuracy from scratch of some methods, over the seeds that all have; none without any.
 
-    Of the means over the seeds that all three have.
+    Different seeds are different problems: what was dealt out to the sources differs.
     """
+    found = {
+        name: by_seed(rows, "scratch_accuracy", Job(name, dataset, budget, n_val, 0))
+        for name in names
+    }
+    seeds = set.intersection(*(set(own) for own in found.values()))
+    if not seeds:
+        return {}
+    return {name: float(np.mean([own[s] for s in seeds])) for name, own in found.items()}
 
-    def mean(name: str) -> float:
-        values = numbers(rows, "scratch_accuracy", Job(name, dataset, budget, n_val, 0))
-        return float(values.mean()) if len(values) else math.nan
 
-    low, high = mean("random"), mean("clean")
-    return (mean(method) - low) / (high - low)
+def closed(means: Mapping[str, float], method: str) -> float:
+    """Share of the way from random to clean-only selection that a method closes."""
+    return (means[method] - means["random"]) / (means["clean"] - means["random"])
 
 
 def summary(rows: Rows, n_val: int = N_VAL) -> str:
@@ -108,15 +121,11 @@ def summary(rows: Rows, n_val: int = N_VAL) -> str:
     firsts, shares = 0, []
     cells = [(d, b) for d in DATASETS for b in BUDGETS]
     for dataset, budget in cells:
-        means = {
-            name: numbers(rows, "scratch_accuracy", Job(name, dataset, budget, n_val, 0)).mean()
-            for name in (*METHODS, *REFERENCES)
-            if len(numbers(rows, "scratch_accuracy", Job(name, dataset, budget, n_val, 0)))
-        }
-        if "dvc" not in means or "clean" not in means:
+        means = means_of(rows, [*METHODS, *REFERENCES], dataset, budget, n_val)
+        if not means:
             continue
-        best = max((name for name in METHODS if name != "dvc"), key=lambda n: means.get(n, -1.0))
-        share = closed(rows, "dvc", dataset, budget, n_val)
+        best = max((name for name in METHODS if name != "dvc"), key=lambda n: means[n])
+        share = closed(means, "dvc")
         firsts += means["dvc"] > means[best]
         shares.append(share)
         lines.append(
@@ -124,7 +133,7 @@ def summary(rows: Rows, n_val: int = N_VAL) -> str:
                 f"{dataset} {budget:.0%}",
                 f"{means['dvc']:.1%}",
                 f"{NAMES[best]} {means[best]:.1%}",
-                *(f"{means[name]:.1%}" if name in means else "-" for name in REFERENCES),
+                *(f"{means[name]:.1%}" for name in REFERENCES),
                 f"{share:.0%}",
             ]
         )
@@ -243,37 +252,90 @@ def table3(rows: Mapping[ScaleJob, Mapping[str, str]]) -> str:
 REPORTS: dict[str, Callable[[Rows], str]] = {"table1": table1, "sizes": sizes, "table2": table2}
 
 
-def draw(rows: Rows, path: Path) -> None:
+def draw_table1(rows: Rows, path: Path) -> None:
     """Plot accuracy from scratch against the budget, one panel for each data set."""
+    datasets = [d for d in DATASETS if any(job.dataset == d for job in rows)]
+    figure, panels = _panels(datasets, 3, "budget, % of the pool")
+    for panel, dataset in zip(panels, datasets, strict=True):
+        for name in (*METHODS, "clean", "full"):
+            jobs = [Job(name, dataset, budget, N_VAL, 0) for budget in BUDGETS]
+            _line(panel, name, [100 * b for b in BUDGETS], [_percent(rows, job) for job in jobs])
+        panel.set_xticks([100 * b for b in BUDGETS])
+    _finish(figure, panels, path)
+
+
+def draw_sizes(rows: Rows, path: Path) -> None:
+    """Plot accuracy from scratch against the size of the validation set, one panel per cell."""
+    cells = sorted({(job.dataset, job.budget) for job in rows if job.budget < 1})
+    n_vals = sorted({job.n_val for job in rows})
+    figure, panels = _panels([f"{d} {b:.0%}" for d, b in cells], 3, "validation samples")
+    for panel, (dataset, budget) in zip(panels, cells, strict=True):
+        for name in (*METHODS, "clean", "validation"):
+            jobs = [Job(name, dataset, budget, n_val, 0) for n_val in n_vals]
+            _line(panel, name, n_vals, [_percent(rows, job) for job in jobs])
+        panel.set_xscale("log")
+        panel.set_xticks(n_vals, [str(n) for n in n_vals])
+        panel.minorticks_off()
+    _finish(figure, panels, path)
+
+
+def draw_table3(rows: Mapping[ScaleJob, Mapping[str, str]], path: Path) -> None:
+    """Plot accuracy against seconds of selection and training, one panel for each size of pool."""
+    pools = sorted({job.rows for job in rows})
+    figure, panels = _panels([f"pool of {n}" for n in pools], 3, "seconds, selection included")
+    for panel, n in zip(panels, pools, strict=True):
+        for name in ("random", "dvc", "clean", "full"):
+            budgets = sorted({job.budget for job in rows if (job.method, job.rows) == (name, n)})
+            own = [
+                [row for job, row in rows.items() if job[:3] == (name, n, budget)]
+                for budget in budgets
+            ]
+            spent = [_mean_of(some, "selection_s") + _mean_of(some, "training_s") for some in own]
+            _line(panel, name, spent, [100 * _mean_of(some, "accuracy") for some in own])
+    _finish(figure, panels, path)
+
+
+def _percent(rows: Rows, job: Job) -> float:
+    values = numbers(rows, "scratch_accuracy", job)
+    return float(100 * values.mean()) if len(values) else math.nan
+
+
+def _mean_of(rows: Sequence[Mapping[str, str]], column: str) -> float:
+    return float(np.mean([float(row[column]) for row in rows]))
+
+
+def _panels(titles: Sequence[str], columns: int, below: str) -> tuple[Any, list[Any]]:
+    """A figure with a panel for each title, so many in a row."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 6.5), layout="constrained")
-    datasets = [d for d in DATASETS if any(job.dataset == d for job in rows)]
-    panels = figure.subplots(2, 3, squeeze=True).flatten()
-    for panel, dataset in zip(panels, datasets, strict=False):
-        for name in (*METHODS, "clean", "full"):
-            found = [
-                numbers(rows, "scratch_accuracy", Job(name, dataset, b, N_VAL, 0)) for b in BUDGETS
-            ]
-            means = [100 * values.mean() if len(values) else math.nan for values in found]
-            style = {"dvc": ("C3", "-", 2.5), "clean": ("k", "--", 1.2), "full": ("k", ":", 1.2)}
-            colour, line, width = style.get(name, (f"C{_order(name)}", "-", 1.0))
-            panel.plot(
-                [100 * b for b in BUDGETS],
-                means,
-                line,
-                color=colour,
-                linewidth=width,
-                label=NAMES[name].strip("*"),
-            )
-        panel.set_title(dataset)
-        panel.set_xticks([100 * b for b in BUDGETS])
-    for panel in panels[3:]:
-        panel.set_xlabel("budget, % of the pool")
-    for panel in panels[::3]:
-        panel.set_ylabel("test accuracy, %")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False)
+    n_rows = max(1, -(-len(titles) // columns))
+    figure = Figure(figsize=(11, 3.2 * n_rows + 0.5), layout="constrained")
+    panels = list(figure.subplots(n_rows, columns, squeeze=False).flatten())
+    for panel in panels[len(titles) :]:
+        panel.set_axis_off()
+    for number, (panel, title) in enumerate(zip(panels, titles, strict=False)):
+        panel.set_title(title)
+        if number + columns >= len(titles):
+            panel.set_xlabel(below)
+        if number % columns == 0:
+            panel.set_ylabel("test accuracy, %")
+    return figure, panels[: len(titles)]
+
+
+def _line(panel: Any, name: str, x: Sequence[float], y: Sequence[float]) -> None:
+    styles = {"dvc": ("C3", "-", 2.5), "clean": ("k", "--", 1.2)}
+    colour, style, width = styles.get(name, (f"C{_order(name)}", "-", 1.0))
+    if name in ("full", "validation"):
+        colour, style, width = "k", ":", 1.2
+    marker = "o" if len(x) == 1 else None
+    panel.plot(x, y, style, color=colour, linewidth=width, marker=marker, label=NAMES[name])
+
+
+def _finish(figure: Any, panels: Sequence[Any], path: Path) -> None:
+    if panels:
+        handles, labels = panels[0].get_legend_handles_labels()
+        labels = [label.strip("*") for label in labels]
+        figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False)
     figure.savefig(path, metadata={"Date": None})
 
 
@@ -281,3 +343,6 @@ def _order(name: str) -> int:
     """A colour that is not DVC's."""
     place = list(METHODS).index(name) if name in METHODS else 0
     return place if place < 3 else place + 1
+
+
+PLOTS: dict[str, Callable[[Rows, Path], None]] = {"table1": draw_table1, "sizes": draw_sizes}

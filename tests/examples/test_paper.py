@@ -109,8 +109,28 @@ def test_reports_say_what_the_rows_do(tmp_path):
     assert "| *whole pool* | 70.0 ± 1.4 |" in text
     assert "DVC is first in 4 of 4 cells; it closes 75% on average, 75% at least." in text
     assert "| DVC | 1.0 | 0.0 | 3.0 | 25% |" in text
-    assert report.closed(rows, "dvc", "wine", 0.1) == pytest.approx(0.75)
-    report.draw(rows, tmp_path / "plot.svg")
+    for name, draw in report.PLOTS.items():
+        draw(rows, tmp_path / f"{name}.svg")
+        assert (tmp_path / f"{name}.svg").stat().st_size > 10_000
+
+
+def test_methods_are_compared_over_the_seeds_that_all_have():
+    """A seed that only DVC has, and in which it is perfect, does not make it better."""
+    rows = fake_rows()
+    more = {job._replace(seed=2): row for job, row in rows.items() if job.method == "dvc"}
+    rows |= {job: {**row, "seed": "2", "scratch_accuracy": "1.0"} for job, row in more.items()}
+    means = report.means_of(rows, ["random", "dvc", "clean"], "wine", 0.1)
+    assert means == pytest.approx({"random": 0.6, "dvc": 0.75, "clean": 0.8})
+    assert report.closed(means, "dvc") == pytest.approx(0.75)
+    assert "closes 75% on average" in report.summary(rows)
+
+
+def test_scale_is_told_and_drawn(tmp_path):
+    rows = {}
+    for number, job in enumerate(scale.jobs_of([10, 20], [0, 1])):
+        rows[job] = {"accuracy": "0.5", "selection_s": "1.0", "training_s": str(number)}
+    assert "| 10 | dvc | 10% | 50.0 ± 0.0 |" in report.table3(rows)
+    report.draw_table3(rows, tmp_path / "plot.svg")
     assert (tmp_path / "plot.svg").stat().st_size > 10_000
 
 
