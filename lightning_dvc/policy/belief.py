@@ -24,8 +24,8 @@ def conformal_p_values(confidence: Tensor, reference: Tensor) -> Tensor:
     most ``u`` with a probability of at most ``u`` (Bates et al., 2023, equation 3).
 
     Args:
-        confidence: ``(n,)`` how plausible the model finds each sample's target, in ``[0, 1]``; NaN
-            where it is not known.
+        confidence: ``(n,)`` how plausible the model finds each sample's target, a probability or
+            any number that grows with it; NaN where it is not known.
         reference: ``(m,)`` the same of reference samples; NaN is left out.
 
     Returns:
@@ -49,8 +49,8 @@ def disbelieved(confidence: Tensor, reference: Tensor, arms: Tensor, rate: float
     which the ``i``-th p-value is at most ``rate * i / n_k``.
 
     Args:
-        confidence: ``(n,)`` how plausible the model finds each sample's target, in ``[0, 1]``; NaN
-            where it is not known.
+        confidence: ``(n,)`` how plausible the model finds each sample's target, a probability or
+            any number that grows with it; NaN where it is not known.
         reference: ``(m,)`` the same of reference samples, in the same model states; NaN is left
             out.
         arms: ``(n,)`` the source of each sample.
