@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,12 +127,18 @@ def run(job: ScaleJob, data_dir: Path | None, accelerator: str) -> dict[str, Any
 
 
 def _problem(job: ScaleJob, data_dir: Path | None) -> Problem:
+    cut = _cut(job.rows, data_dir)
+    return deal_out(cut, job.seed, N_VAL, job.budget, batch_size=BATCH_SIZE, epochs=EPOCHS)
+
+
+@lru_cache(maxsize=1)
+def _cut(n: int, data_dir: Path | None) -> Data:
+    """So many training rows, those held out beside them, and the test rows."""
     data = LOADERS[DATASET](data_dir)
     generator = torch.Generator().manual_seed(0)
-    kept = torch.randperm(data.n_train, generator=generator)[: job.rows + N_VAL]
+    kept = torch.randperm(data.n_train, generator=generator)[: n + N_VAL]
     rows = torch.cat([kept, torch.arange(data.n_train, len(data.labels))])
-    cut = Data(data.features[rows], data.labels[rows], data.n_classes, len(kept))
-    return deal_out(cut, job.seed, N_VAL, job.budget, batch_size=BATCH_SIZE, epochs=EPOCHS)
+    return Data(data.features[rows], data.labels[rows], data.n_classes, len(kept))
 
 
 def _selected(problem: Problem, seed: int, accelerator: str) -> tuple[list[int], float]:
