@@ -58,8 +58,9 @@ class DVC:
             taken back, or one number of at least 0 per captured layer; see
             :class:`~lightning_dvc.policy.layers.LayerWeights`.
         reward: What the bandit learns from: ``"alignment"`` of the mean gradient of a source's
-            candidates with the reference's, their mean DVC ``"value"``, their ``"acceptance"``
-            rate, or the ``"gain"`` of the monitored score after the source had added samples; see
+            candidates, disbelieved ones left out, with the reference's; their mean DVC ``"value"``,
+            their ``"acceptance"`` rate, or the ``"gain"`` of the monitored score after the source
+            had added samples; see
             :mod:`lightning_dvc.strategies.rewards`.
         discount: What a past round counts for in the bandit, relative to the next; in ``(0, 1]``.
         window: How many of the last rounds count in the bandit, at least 1; all of them,
@@ -228,7 +229,10 @@ class DVC:
         with this.watch.section("choose"):
             alpha = self.layer_weights.alpha(scores.layer_metrics.shape[1])
             values = scores.values(weights, alpha)
-            choice, positions = self._pick(this, scores, values, weights, examined, quota, removed)
+            bad = self._disbelieved(this, scores, examined)
+            choice, positions = self._pick(
+                this, scores, values, weights, examined, bad, quota, removed
+            )
         with this.watch.section("learn"):
             chosen = scores.rows(positions)
             self._observer.remember(this, chosen, removed)
@@ -238,6 +242,8 @@ class DVC:
             if self.reward == "gain":  # known once the score is
                 self._gain.added(torch.bincount(arms[positions], minlength=bandit.n_arms))
             else:
+                if alignment is not None and bad is not None and bool(bad.any()):
+                    self._leave_out(this, alignment, scores.ids[bad])
                 earned = self._earned(this, arms, values, positions, alignment)
                 _learn(bandit, earned)
         choice.figures.update(self._figures(this, earned, alpha))
@@ -339,17 +345,17 @@ class DVC:
         values: Tensor,
         weights: Tensor,
         examined: Examined,
+        bad: Tensor | None,
         quota: int,
         removed: Tensor,
     ) -> tuple[Choice, Tensor]:
         """The best candidates under the diversification rules, and their positions."""
         floor, ceiling = this.arm_bounds(removed, quota)
         known, among = self._observer.duplicates(scores.codes)
-        arms = this.pools.arms_of(scores.ids)
         found = diversify(
             values,
             scores.ids,
-            arms,
+            this.pools.arms_of(scores.ids),
             scores.labels,
             quota=quota,
             arm_ceiling=ceiling,
@@ -357,7 +363,7 @@ class DVC:
             class_ceiling=self._class_ceiling(scores.labels, examined.labels, quota),
             duplicate_of_known=known,
             duplicate_pairs=among,
-            disbelieved=self._disbelieved(scores, examined, arms),
+            disbelieved=bad,
             # What a round leaves over, the next ones make up for with other candidates.
             relax=this.is_last,
         )
@@ -367,15 +373,25 @@ class DVC:
         raw = scores.rows(places).raw()
         return Choice(scores.ids[places], values[places], raw, weights, removed, figures), places
 
-    def _disbelieved(self, scores: Scores, examined: Examined, arms: Tensor) -> Tensor | None:
+    def _disbelieved(self, this: Round, scores: Scores, examined: Examined) -> Tensor | None:
         """Candidates with too implausible targets; None without held-out samples.
 
         Selected samples cannot stand in for these: the model has been trained on them.
         """
         if examined.held_out == 0:
             return None
-        now = scores.confidence[:, 0]
-        return disbelieved(now, examined.reference_confidence, arms, self.disbelief_rate)
+        arms, now = this.pools.arms_of(scores.ids), scores.confidence[:, 0]
+        found = disbelieved(now, examined.reference_confidence, arms, self.disbelief_rate)
+        return this.group.first(found, this.probe.device)
+
+    def _leave_out(self, this: Round, rewards: ArmRewards, ids: Tensor) -> None:
+        """Let a source be judged by those of its candidates that are as good as they seem.
+
+        Which ones these are is known only after all have been looked at; the few others are looked
+        at again, rather than the gradients of all kept.
+        """
+        for captured in self._observer.candidates(this, ids):
+            rewards.leave_out(captured.gradients, this.pools.arms_of(captured.ids))
 
     def _figures(self, this: Round, earned: Tensor | None, alpha: Tensor) -> dict[str, float]:
         """What is told of a round beside what was chosen."""

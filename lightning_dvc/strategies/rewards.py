@@ -31,7 +31,7 @@ class ArmRewards:
     """Mean candidate gradient of each arm, compared with the mean reference gradient.
 
     The reward of an arm is ``(1 + cos(mean gradient of its candidates, reference gradient)) / 2``
-    over all captured layers together.
+    over all captured layers together. Candidates that are not going to be chosen can be left out.
 
     Args:
         n_arms: Number of sources ``K``.
@@ -47,6 +47,7 @@ class ArmRewards:
         self._sums = [full.new_zeros(n_arms, *full.shape) for full in self._reference]
         self._batch: dict[tuple[int, int], Tensor] = {}
         self._counts = torch.zeros(n_arms, dtype=torch.int64)
+        self._left_out = torch.zeros_like(self._counts)
 
     def add(self, layer: int, gradients: LayerGradients, arms: Tensor) -> None:
         """Take in the gradients of one layer for a part of a batch of candidates.
@@ -73,15 +74,29 @@ class ArmRewards:
         self._batch.clear()
         self._counts += torch.bincount(arms, minlength=len(self._counts))
 
+    def leave_out(self, gradients: Sequence[LayerGradients], arms: Tensor) -> None:
+        """Let some of the candidates that were taken in count no more.
+
+        Args:
+            gradients: Per layer, gradients of ``n`` candidates.
+            arms: ``(n,)`` the source of each.
+        """
+        order = arms.argsort(stable=True)
+        for layer, all_of_it in enumerate(gradients):
+            for rows, part in all_of_it.parts(order=order):
+                for arm, own in runs(part, arms[rows]):
+                    self._sums[layer][arm] -= own.sum()
+        self._left_out += torch.bincount(arms, minlength=len(self._counts))
+
     def rewards(self, group: Group) -> Tensor:
         """Add up what all processes took in.
 
         Returns:
-            ``(K,)`` float64 in ``[0, 1]`` on the CPU; NaN for an arm without candidates, and 1/2
-            where a mean gradient vanishes.
+            ``(K,)`` float64 in ``[0, 1]`` on the CPU; NaN for an arm without candidates, 0 for one
+            all of whose candidates were left out, and 1/2 where a mean gradient vanishes.
         """
         device = self._sums[0].device
-        counts = group.sum(self._counts.to(device)).cpu()
+        counts, left_out = (group.sum(x.to(device)).cpu() for x in (self._counts, self._left_out))
         products, squares, length = (torch.zeros((), dtype=torch.float64) for _ in range(3))
         for total, full in zip(self._sums, self._reference, strict=True):
             total = group.sum(total).flatten(1)
@@ -90,7 +105,8 @@ class ArmRewards:
             length = length + full.square().sum().cpu()
         lengths = (squares * length).sqrt()
         cosine = torch.where(lengths > 0, products / lengths, 0.0).clamp(-1, 1)
-        return torch.where(counts > 0, (1 + cosine) / 2, torch.nan)
+        found = torch.where(counts > left_out, (1 + cosine) / 2, 0.0)
+        return torch.where(counts > 0, found, torch.nan)
 
 
 def mean_by_arm(numbers: Tensor, arms: Tensor, n_arms: int) -> Tensor:
