@@ -216,6 +216,32 @@ def test_a_model_that_moves_alike_selects_alike(tmp_path):
     assert len(last & other) >= 0.95 * len(other)
 
 
+class Taught(Still):
+    """Knows good samples before the run, so that it disbelieves wrong labels."""
+
+    def __init__(self):
+        super().__init__()
+        batch, optimizer = good(200, seed=70).tensors, torch.optim.Adam(self.parameters(), 0.01)
+        for _ in range(100):
+            optimizer.zero_grad()
+            self.training_step(batch, 0).backward()
+            optimizer.step()
+
+
+def test_disbelieved_candidates_are_left_out_by_the_process_that_has_them(tmp_path):
+    def learnt(noted):
+        return noted["state"]["bandit"]["sums"]
+
+    (alone,) = fit_apart(tmp_path / "one", net=Taught, choose=DVC)
+    together = fit_apart(tmp_path / "two", net=Taught, choose=DVC, devices=2)
+    assert [one["ids"] for one in together] == [alone["ids"]] * 2
+    for one in together:
+        torch.testing.assert_close(learnt(one), learnt(alone))
+    believing = partial(DVC, disbelief_rate=0.0)
+    (other,) = fit_apart(tmp_path / "all", net=Taught, choose=believing)
+    assert (learnt(other) - learnt(alone)).abs().max() > 0.01
+
+
 class Normed(Counting):
     def __init__(self):
         super().__init__()
