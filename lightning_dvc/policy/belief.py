@@ -76,6 +76,8 @@ def disbelieved(confidence: Tensor, reference: Tensor, arms: Tensor, rate: float
         )
     p_values, arms = conformal_p_values(confidence, reference), arms.cpu()
     rejected = torch.zeros(len(p_values), dtype=torch.bool)
+    if bool(reference.isnan().all()):  # also of none
+        return rejected
     for arm in arms.unique():
         own = torch.nonzero(arms == arm).flatten()
         ascending, order = p_values[own].sort()

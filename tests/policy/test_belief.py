@@ -96,3 +96,9 @@ def test_bad_settings_are_refused():
         disbelieved(torch.ones(2), torch.ones(2), torch.zeros(2).long(), rate=1.5)
     with pytest.raises(ConfigurationError, match="most"):
         least_believed(torch.ones(2), torch.ones(2).bool(), most=-1)
+
+
+@pytest.mark.parametrize("reference", [torch.empty(0), torch.tensor([math.nan, math.nan])])
+def test_without_a_known_reference_nobody_is_disbelieved_at_any_rate(reference):
+    confidence, arms = torch.zeros(4), torch.zeros(4, dtype=torch.int64)
+    assert not disbelieved(confidence, reference, arms, 1.0).any()
