@@ -167,7 +167,8 @@ def _openml(name: str, version: int = 1) -> tuple[Any, Any]:
     """Features and target of a data set of OpenML, kept in scikit-learn's cache."""
     from sklearn.datasets import fetch_openml
 
-    return fetch_openml(name, version=version, return_X_y=True, as_frame=False, parser="auto")  # type: ignore[no-any-return]
+    found = fetch_openml(name, version=version, as_frame=False, parser="auto")
+    return found.data, found.target
 
 
 def _check_order(name: str, is_original: bool) -> None:

@@ -134,9 +134,9 @@ def _go_on_with_validation(loop: Any) -> None:
 
 def share_hyperparameters(source: LightningDataModule, target: LightningDataModule) -> None:
     """Log and save hyperparameters, or not, as another datamodule would."""
-    target._log_hyperparams = source._log_hyperparams
-    # There only once it has saved some.
-    target._hparams_name = getattr(source, "_hparams_name", None)  # type: ignore[attr-defined]
+    # A name is there only once some were saved.
+    for name in ("_log_hyperparams", "_hparams_name"):
+        setattr(target, name, getattr(source, name, None))
 
 
 def is_overfitting(trainer: Any) -> bool:

@@ -88,10 +88,11 @@ class DVC:
             round 3 on, and not in the last.
         disbelief_rate: Candidates whose targets the model finds implausible are passed over where
             their source has more of them than the held-out samples explain: of those passed over,
-            the share that may be like held-out ones, in ``[0, 1]``; 0 for no such rule. See
+            the share that may be like held-out ones, in ``[0, 1]``; 0 for no such rule. Of fewer
+            than ``1 / disbelief_rate - 1`` held-out samples none is rare enough to tell. See
             :func:`~lightning_dvc.policy.belief.disbelieved`.
         disown_rate: The same for selected samples, by what recent model states found: those are
-            taken back; in ``[0, 1]``.
+            taken back; in ``[0, 1]``. Where nothing is held out, they are compared with each other.
         class_slack: How far a class may exceed its share of the reference's label mix in one round,
             at least 1; infinite for no such rule.
         duplicate_angle: Largest angle in radians between the features of near-duplicates, of which
@@ -229,9 +230,9 @@ class DVC:
         with this.watch.section("choose"):
             alpha = self.layer_weights.alpha(scores.layer_metrics.shape[1])
             values = scores.values(weights, alpha)
-            bad = self._disbelieved(this, scores, examined)
+            doubted = self._disbelieved(this, scores, examined)
             choice, positions = self._pick(
-                this, scores, values, weights, examined, bad, quota, removed
+                this, scores, values, weights, examined, doubted, quota, removed
             )
         with this.watch.section("learn"):
             chosen = scores.rows(positions)
@@ -242,8 +243,8 @@ class DVC:
             if self.reward == "gain":  # known once the score is
                 self._gain.added(torch.bincount(arms[positions], minlength=bandit.n_arms))
             else:
-                if alignment is not None and bad is not None and bool(bad.any()):
-                    self._leave_out(this, alignment, scores.ids[bad])
+                if alignment is not None and doubted is not None and bool(doubted.any()):
+                    self._leave_out(this, alignment, scores.ids[doubted])
                 earned = self._earned(this, arms, values, positions, alignment)
                 _learn(bandit, earned)
         choice.figures.update(self._figures(this, earned, alpha))
@@ -345,7 +346,7 @@ class DVC:
         values: Tensor,
         weights: Tensor,
         examined: Examined,
-        bad: Tensor | None,
+        doubted: Tensor | None,
         quota: int,
         removed: Tensor,
     ) -> tuple[Choice, Tensor]:
@@ -363,7 +364,7 @@ class DVC:
             class_ceiling=self._class_ceiling(scores.labels, examined.labels, quota),
             duplicate_of_known=known,
             duplicate_pairs=among,
-            disbelieved=bad,
+            disbelieved=doubted,
             # What a round leaves over, the next ones make up for with other candidates.
             relax=this.is_last,
         )
@@ -385,12 +386,12 @@ class DVC:
         return this.group.first(found, this.probe.device)
 
     def _leave_out(self, this: Round, rewards: ArmRewards, ids: Tensor) -> None:
-        """Let a source be judged by those of its candidates that are as good as they seem.
+        """Take disbelieved candidates out of what their sources are judged by.
 
-        Which ones these are is known only after all have been looked at; the few others are looked
-        at again, rather than the gradients of all kept.
+        Which ones they are is known only after all have been looked at, and keeping all gradients
+        until then would cost too much memory, so these few are looked at again.
         """
-        for captured in self._observer.candidates(this, ids):
+        for captured in self._observer.again(this, ids):
             rewards.leave_out(captured.gradients, this.pools.arms_of(captured.ids))
 
     def _figures(self, this: Round, earned: Tensor | None, alpha: Tensor) -> dict[str, float]:

@@ -156,6 +156,12 @@ class Observer:
         snapshots = self._snapshots if "stability" in self._needs else None
         return cached.capture(this.pools.dataset, mine, snapshots, keep=self._cache_pays)
 
+    def again(self, this: Round, ids: Tensor) -> Iterator[Captured]:
+        """Look once more at this process's part of some candidates, and keep nothing of it."""
+        cached = CachedProbe(this.probe, self._cache, self.window)
+        mine = this.group.shard(ids, this.probe.batch_size)
+        return cached.capture(this.pools.dataset, mine, keep=False)
+
     def codes(self, captured: Captured) -> Tensor:
         """Hash the features of ``n`` samples, ``(n, tables)``."""
         return self._ready[2].codes(captured.fingerprints)

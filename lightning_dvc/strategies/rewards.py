@@ -31,7 +31,7 @@ class ArmRewards:
     """Mean candidate gradient of each arm, compared with the mean reference gradient.
 
     The reward of an arm is ``(1 + cos(mean gradient of its candidates, reference gradient)) / 2``
-    over all captured layers together. Candidates that are not going to be chosen can be left out.
+    over all captured layers together. Candidates can be left out of it.
 
     Args:
         n_arms: Number of sources ``K``.
@@ -82,8 +82,8 @@ class ArmRewards:
             arms: ``(n,)`` the source of each.
         """
         order = arms.argsort(stable=True)
-        for layer, all_of_it in enumerate(gradients):
-            for rows, part in all_of_it.parts(order=order):
+        for layer, of_layer in enumerate(gradients):
+            for rows, part in of_layer.parts(order=order):
                 for arm, own in runs(part, arms[rows]):
                     self._sums[layer][arm] -= own.sum()
         self._left_out += torch.bincount(arms, minlength=len(self._counts))

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers.problems import CLASSES, good, repeated, wrong
+from helpers.problems import CLASSES, generator, good, labelled, repeated, wrong
 from helpers.rounds import BUDGET, ROUNDS, Run
 from torch.utils.data import TensorDataset
 
@@ -68,6 +68,26 @@ def test_wrong_labels_are_kept_out_and_taken_back():
     assert all(len(choices[number].remove) == 0 for number in (0, 1, ROUNDS - 1))
 
 
+def hard(n, seed):
+    """Good samples of classes that overlap, so that some right labels are implausible."""
+    x, y = labelled(n, seed)
+    return TensorDataset(x + 1.5 * torch.randn(x.shape, generator=generator(seed + 7)), y)
+
+
+def test_hard_samples_are_not_taken_back_for_the_wrong_ones_of_another_source():
+    taken_back = torch.zeros(2, dtype=torch.int64)
+    for seed in range(4):
+        # Evenly drawn and never passed over, so that there is much to take back.
+        settings = {"temperature": 100.0, "disbelief_rate": 0.0, "class_slack": math.inf}
+        sources = {"hard": hard(300, seed), "wrong": wrong(300, 40 + seed)}
+        run = Run(DVC(take_back=1.0, **settings), sources, budget=200, steps=20)
+        run.reference = hard(300, 500 + seed)
+        removed = torch.cat([choice.remove for choice in run.all()])
+        taken_back += torch.bincount(run.pools.arms_of(removed), minlength=2)
+    assert taken_back[0] <= 2
+    assert taken_back[1] >= 40
+
+
 def chosen_late(rate, n_wrong, budget):
     """A run that would take wrong labels for uncertain: how many it adds late, and of how many."""
     settings = {"temperature": 100.0, "take_back": 0.0, "disbelief_rate": rate}
@@ -93,7 +113,8 @@ def test_disbelieved_candidates_are_chosen_when_nothing_else_is_left():
 
 def test_without_held_out_samples_nobody_is_disbelieved():
     """What stands in for them has been trained on: all others are less plausible."""
-    run = Run(DVC(), {"good": good()}, reference=False)
+    strategy = DVC(temperature=100.0, take_back=0.0)
+    run = Run(strategy, {"good": good(), "wrong": wrong(100)}, reference=False, steps=60)
     assert sum(choice.figures["passed_over/belief"] for choice in run.all()) == 0
     assert len(run.selected) == run.budget
 
