@@ -264,7 +264,7 @@ def test_no_place_among_alike_sources_is_preferred():
 def test_alike_sources_get_alike_shares_from_a_bandit_that_divides_evenly(seed):
     """Three alike sources: with temperature=0.3 each gets a third, give or take 0.15, in every run.
 
-    With the default of 0.03 one may get 6% and another 66%: a mean gradient over few candidates
+    With the default of 0.03 one may get 3% and another 61%: a mean gradient over few candidates
     agrees less with the reference, so that a source that got few is rewarded less, and gets fewer.
     """
     datamodule = fit(alike(seed), seed, DVC(temperature=0.3))

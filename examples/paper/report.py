@@ -332,11 +332,15 @@ def _line(panel: Any, name: str, x: Sequence[float], y: Sequence[float]) -> None
 
 
 def _finish(figure: Any, panels: Sequence[Any], path: Path) -> None:
+    from matplotlib import rc_context
+
     if panels:
         handles, labels = panels[0].get_legend_handles_labels()
         labels = [label.strip("*") for label in labels]
         figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False)
-    figure.savefig(path, metadata={"Date": None})
+    # The same runs make the same file.
+    with rc_context({"svg.hashsalt": path.stem}):
+        figure.savefig(path, metadata={"Date": None})
 
 
 def _order(name: str) -> int:
