@@ -167,8 +167,9 @@ def _openml(name: str, version: int = 1) -> tuple[Any, Any]:
     """Features and target of a data set of OpenML, kept in scikit-learn's cache."""
     from sklearn.datasets import fetch_openml
 
-    found = fetch_openml(name, version=version, as_frame=False, parser="auto")
-    return found.data, found.target
+    wanted = {"version": version, "as_frame": False, "parser": "auto"}
+    features, target = fetch_openml(name, return_X_y=True, **wanted)
+    return features, target
 
 
 def _check_order(name: str, is_original: bool) -> None:
