@@ -21,27 +21,41 @@ def conformal_p_values(confidence: Tensor, reference: Tensor) -> Tensor:
     """How rare a confidence as low as a sample's is among reference samples.
 
     ``p = (1 + #{reference <= confidence}) / (m + 1)``, which for a sample like the reference is at
-    most ``u`` with a probability of at most ``u`` (Bates et al., 2023, equation 3).
+    most ``u`` with a probability of at most ``u`` (Bates et al., 2023, equation 3). Compared are
+    means over model states, as they were when the sample was last seen: later states, surer of
+    everything, say nothing of it. Earlier ones are less sure; a sample that they did not see is
+    given the benefit of the doubt, since it was chosen when it was hard.
 
     Args:
-        confidence: ``(n,)`` how plausible the model finds each sample's target, a probability or
-            any number that grows with it; NaN where it is not known.
-        reference: ``(m,)`` the same of reference samples; NaN is left out.
+        confidence: ``(n, S)`` how plausible each of ``S`` model states, the latest first, finds a
+            sample's target, a probability or any number that grows with it; NaN where it is not
+            known.
+        reference: ``(m, S)`` the same of reference samples.
 
     Returns:
-        ``(n,)`` float64 in ``(0, 1]``; 1 where the confidence is not known.
+        ``(n,)`` float64 in ``(0, 1]``; NaN where no state saw the sample, or none until then
+        saw the reference.
 
     Example:
-        >>> conformal_p_values(torch.tensor([0.1, 0.5, torch.nan]), torch.tensor([0.2, 0.5, 0.9]))
-        tensor([0.2500, 0.7500, 1.0000], dtype=torch.float64)
+        >>> reference = torch.tensor([[0.2, 0.1], [0.5, 0.3], [0.9, 0.4]])
+        >>> confidence = torch.tensor([[0.1, 0.5], [torch.nan, 0.3], [torch.nan, torch.nan]])
+        >>> conformal_p_values(confidence, reference)
+        tensor([0.5000, 0.7500,    nan], dtype=torch.float64)
     """
-    known = reference[~reference.isnan()].double().cpu().sort().values
-    below = torch.searchsorted(known, confidence.double().cpu().contiguous(), right=True)
-    p_values = (1 + below.double()) / (len(known) + 1)
-    return p_values.masked_fill(confidence.cpu().isnan(), 1.0)
+    confidence, reference = confidence.cpu(), reference.cpu()
+    own, seen = confidence.nanmean(1), ~confidence.isnan()
+    p_values = torch.full((len(confidence),), torch.nan, dtype=torch.float64)
+    for last in range(confidence.shape[1]):
+        others = reference[:, last:].nanmean(1)
+        others = others[~others.isnan()].sort().values
+        rows = torch.nonzero(seen[:, last] & ~seen[:, :last].any(1)).flatten()
+        if len(others):
+            below = torch.searchsorted(others, own[rows], right=True)
+            p_values[rows] = (1 + below.double()) / (len(others) + 1)
+    return p_values
 
 
-def disbelieved(confidence: Tensor, reference: Tensor, arms: Tensor, rate: float) -> Tensor:
+def disbelieved(p_values: Tensor, arms: Tensor, rate: float) -> Tensor:
     """Samples whose targets are too implausible for too many of their source.
 
     The procedure of Benjamini and Hochberg (1995) in each source by itself: of its ``n_k`` samples
@@ -49,65 +63,63 @@ def disbelieved(confidence: Tensor, reference: Tensor, arms: Tensor, rate: float
     which the ``i``-th p-value is at most ``rate * i / n_k``.
 
     Args:
-        confidence: ``(n,)`` how plausible the model finds each sample's target, a probability or
-            any number that grows with it; NaN where it is not known.
-        reference: ``(m,)`` the same of reference samples, in the same model states; NaN is left
-            out.
+        p_values: ``(n,)`` from :func:`conformal_p_values`; what is NaN is no test.
         arms: ``(n,)`` the source of each sample.
         rate: False discovery rate in ``[0, 1]``: of those disbelieved, the share that may be like
             the reference after all. 0 disbelieves nothing.
 
     Returns:
-        ``(n,)`` bool; false where the confidence is not known, and everywhere without a reference.
+        ``(n,)`` bool.
 
     Raises:
         ConfigurationError: If the rate is outside ``[0, 1]``.
 
     Example:
-        >>> reference = torch.linspace(0.02, 1, 50)
-        >>> confidence = torch.tensor([0.01, 0.6, 0.7, 0.8] + [0.01, 0.01, 0.01, 0.9])
+        >>> p_values = torch.tensor([0.02, 0.6, 0.7, 0.8] + [0.02, 0.02, 0.02, 0.9])
         >>> arms = torch.tensor([0] * 4 + [1] * 4)
-        >>> disbelieved(confidence, reference, arms, rate=0.05).tolist()
+        >>> disbelieved(p_values, arms, rate=0.05).tolist()
         [False, False, False, False, True, True, True, False]
     """
     if not 0 <= rate <= 1:
         raise ConfigurationError(
             f"rate must be in [0, 1], but is {rate}; pass the share of false discoveries, as 0.2"
         )
-    p_values, arms = conformal_p_values(confidence, reference), arms.cpu()
     rejected = torch.zeros(len(p_values), dtype=torch.bool)
-    if bool(reference.isnan().all()):  # also of none
-        return rejected
+    known = ~p_values.isnan()
     for arm in arms.unique():
-        own = torch.nonzero(arms == arm).flatten()
+        own = torch.nonzero(known & (arms == arm)).flatten()
         ascending, order = p_values[own].sort()
         steps = torch.arange(1, len(own) + 1, dtype=torch.float64) / len(own)
         passing = torch.nonzero(ascending <= rate * steps).flatten()
         if len(passing):
             rejected[own[order[: int(passing[-1]) + 1]]] = True
-    return rejected & ~confidence.cpu().isnan()
+    return rejected
 
 
-def least_believed(confidence: Tensor, among: Tensor, most: int) -> Tensor:
+def least_believed(p_values: Tensor, confidence: Tensor, among: Tensor, most: int) -> Tensor:
     """Positions of those of some samples that are the least plausible.
 
     Args:
-        confidence: ``(s,)`` how plausible the model finds each sample's target, no NaN among them.
-        among: ``(s,)`` bool, the samples in question.
+        p_values: ``(n,)`` from :func:`conformal_p_values`.
+        confidence: ``(n, S)`` what they were made of; its means decide between equal ones.
+        among: ``(n,)`` bool, the samples in question, no NaN among their p-values.
         most: The most positions to return, at least 0.
 
     Returns:
-        ``(r,)`` int64, the lowest confidence first, ties by position, at most ``most``.
+        ``(k,)`` int64, the least plausible first, ties by position, at most ``most``.
 
     Raises:
         ConfigurationError: If ``most`` is negative.
 
     Example:
-        >>> confidence = torch.tensor([0.3, 0.01, 0.9, 0.02])
-        >>> least_believed(confidence, torch.tensor([True, False, True, True]), most=2)
+        >>> p_values = torch.tensor([0.02, 0.02, 0.3, 0.02])
+        >>> confidence = torch.tensor([[0.3], [0.01], [0.9], [0.02]])
+        >>> least_believed(p_values, confidence, torch.tensor([True, False, True, True]), most=2)
         tensor([3, 0])
     """
     if most < 0:
         raise ConfigurationError(f"most must be at least 0, but is {most}; pass 0 for none")
     positions = torch.nonzero(among).flatten()
-    return positions[torch.argsort(confidence[positions], stable=True)][:most].cpu()
+    for key in (confidence.double().nanmean(1), p_values):
+        positions = positions[torch.argsort(key[positions], stable=True)]
+    return positions[:most]

@@ -77,17 +77,19 @@ class Round:
         assert isinstance(self.reference, Sized), "the datamodule refuses others"
         return torch.arange(len(self.reference))
 
-    def some(self, ids: Tensor, most: int, purpose: str) -> Tensor:
+    def some(self, ids: Tensor, most: int, purpose: str, afresh: bool = True) -> Tensor:
         """At most so many of the ids, drawn at random, in their order.
 
         Args:
             ids: ``(n,)``.
             most: How many, at least 0.
             purpose: Names the random stream, see :func:`lightning_dvc.randomness.stream`.
+            afresh: Whether each round draws others.
         """
         if len(ids) <= most:
             return ids
-        drawn = stream(self.seed, purpose, self.number).choice(len(ids), most, replace=False)
+        numbers = (self.number,) if afresh else ()
+        drawn = stream(self.seed, purpose, *numbers).choice(len(ids), most, replace=False)
         return ids[torch.from_numpy(drawn).sort().values]
 
     @contextmanager

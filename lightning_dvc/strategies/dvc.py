@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_dvc.errors import check_settings
 from lightning_dvc.policy.bandit import SourceBandit
-from lightning_dvc.policy.belief import disbelieved, least_believed
+from lightning_dvc.policy.belief import conformal_p_values, disbelieved, least_believed
 from lightning_dvc.policy.diversify import class_ceilings, diversify
 from lightning_dvc.policy.layers import LayerWeighting, LayerWeights
 from lightning_dvc.policy.weights import DEFAULT_WEIGHTS, FixedWeights, WeightPolicy, trusted
@@ -301,10 +301,10 @@ class DVC:
         _, room = this.arm_bounds(torch.empty(0, dtype=torch.int64), missing)
         spare = int(torch.minimum(this.pools.stock, room).sum()) - missing
         most = min(int(self.take_back * len(this.selected)), max(spare, 0))
-        confidence = examined.selected_recently
-        arms = this.pools.arms_of(this.selected)
-        among = disbelieved(confidence, examined.reference_recently, arms, self.disown_rate)
-        return this.selected[least_believed(confidence, among, most)]
+        confidence = examined.selected_confidence
+        p_values = conformal_p_values(confidence, examined.reference_confidence)
+        among = disbelieved(p_values, this.pools.arms_of(this.selected), self.disown_rate)
+        return this.selected[least_believed(p_values, confidence, among, most)]
 
     def _draw(self, this: Round, bandit: SourceBandit, quota: int, removed: Tensor) -> Tensor:
         """Candidates ``(n,)``, ascending, divided over the sources as the bandit says."""
@@ -381,8 +381,9 @@ class DVC:
         """
         if examined.held_out == 0:
             return None
-        arms, now = this.pools.arms_of(scores.ids), scores.confidence[:, 0]
-        found = disbelieved(now, examined.reference_confidence, arms, self.disbelief_rate)
+        arms, now = this.pools.arms_of(scores.ids), scores.confidence[:, :1]
+        p_values = conformal_p_values(now, examined.reference_confidence[:, :1])
+        found = disbelieved(p_values, arms, self.disbelief_rate)
         return this.group.first(found, this.probe.device)
 
     def _leave_out(self, this: Round, rewards: ArmRewards, ids: Tensor) -> None:

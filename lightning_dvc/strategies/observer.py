@@ -62,9 +62,9 @@ class Examined:
         gradient: Per layer, the mean reference gradient, a full gradient.
         labels: ``(m,)`` classes of the reference samples, -1 where there is none.
         held_out: Share of held-out samples in the reference, in ``[0, 1]``.
-        reference_confidence: ``(m,)`` how plausible the model finds their targets.
-        reference_recently: ``(m,)`` the same, averaged over recent model states.
-        selected_recently: ``(s,)`` that of all selected samples, NaN where it is not known.
+        reference_confidence: ``(m, S)`` how plausible recent model states, the present one first,
+            find their targets; NaN where it is not known.
+        selected_confidence: ``(s, S)`` the same of all selected samples.
     """
 
     standards: list[LayerStandards]
@@ -72,8 +72,7 @@ class Examined:
     labels: Tensor
     held_out: float
     reference_confidence: Tensor
-    reference_recently: Tensor
-    selected_recently: Tensor
+    selected_confidence: Tensor
 
 
 class Observer:
@@ -144,9 +143,8 @@ class Observer:
             [layer.overall for layer in means],
             labels,
             self._trust,
-            reference.confidence[:, 0].float().cpu(),
-            seen.recent(reference.ids, this.number).nanmean(1),
-            of_selected.recent(this.selected, this.number).nanmean(1),
+            seen.recent(reference.ids, this.number),
+            of_selected.recent(this.selected, this.number),
         )
 
     def candidates(self, this: Round, ids: Tensor) -> Iterator[Captured]:
@@ -217,8 +215,7 @@ class Observer:
         if self._parts is None:
             self._parts = (
                 SampleHistory(self.window, this.budget),
-                # Reference samples of as many rounds as there are states.
-                SampleHistory(self.window, self.window * self._settings.reference_size),
+                SampleHistory(self.window, self._settings.reference_size),
                 NearDuplicates(self._settings.duplicate_angle, this.seed),
             )
         if self._saved is not None:
@@ -261,7 +258,9 @@ class Observer:
         gradients: list[ReferenceGradients] = []
         if this.reference is None:
             return None, gradients
-        ids = this.some(this.held_out, self._settings.reference_size, "reference")
+        # The same in every round, for selected samples to be compared with over several states.
+        size = self._settings.reference_size
+        ids = this.some(this.held_out, size, "reference", afresh=False)
         take = partial(_take, gradients, by_label=self._settings.class_relevance)
         with this.looking_at_reference():
             reference = this.probe.capture_all(this.reference, ids, take)

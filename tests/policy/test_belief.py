@@ -10,45 +10,56 @@ from lightning_dvc.policy.belief import conformal_p_values, disbelieved, least_b
 
 # Few values, so that ties occur.
 values = st.one_of(st.sampled_from([0.0, 0.1, 0.2, 0.5, 1.0, math.nan]), st.floats(0, 1))
-samples = st.lists(st.tuples(values, st.integers(0, 2)), max_size=30)
-references = st.lists(values, max_size=20)
+p_values = st.one_of(st.sampled_from([0.01, 0.05, 0.2, 1.0, math.nan]), st.floats(0.001, 1))
+samples = st.lists(st.tuples(p_values, st.integers(0, 2)), max_size=30)
 
 
-def p_value_by_hand(c, reference):
-    known = [r for r in reference if not math.isnan(r)]
-    return 1.0 if math.isnan(c) else (1 + sum(r <= c for r in known)) / (len(known) + 1)
+def tables(states):
+    return st.lists(st.tuples(*[values] * states), max_size=20)
 
 
-def double(numbers):
-    return torch.tensor(numbers, dtype=torch.float64)
+def double(numbers, columns=None):
+    found = torch.tensor(numbers, dtype=torch.float64)
+    return found if columns is None else found.reshape(len(numbers), columns)
 
 
-def reject(pairs, reference, rate):
-    confidence, arms = [c for c, _ in pairs], torch.tensor([k for _, k in pairs]).long()
-    return disbelieved(double(confidence), double(reference), arms, rate)
+def mean_of_known(row):
+    known = [c for c in row if not math.isnan(c)]
+    return math.fsum(known) / len(known) if known else math.nan
+
+
+def p_value_by_hand(sample, reference):
+    """Compared with the reference as it was when the sample was last seen."""
+    seen = [state for state, c in enumerate(sample) if not math.isnan(c)]
+    others = [mean_of_known(row[seen[0] :]) for row in reference] if seen else []
+    others = [mean for mean in others if not math.isnan(mean)]
+    if not others:
+        return math.nan
+    return (1 + sum(mean <= mean_of_known(sample) for mean in others)) / (len(others) + 1)
 
 
 @settings(deadline=None)
-@given(st.lists(values, max_size=30), references)
-def test_p_values_count_the_reference(confidence, reference):
-    found = conformal_p_values(double(confidence), double(reference))
-    assert found.tolist() == pytest.approx([p_value_by_hand(c, reference) for c in confidence])
+@given(st.integers(1, 3).flatmap(lambda states: st.tuples(tables(states), tables(states))))
+def test_p_values_count_the_reference_as_it_was_when_a_sample_was_last_seen(both):
+    n_states = max([len(row) for table in both for row in table], default=1)
+    # Multiples of 2 ** -10, so that sums are exact in any order.
+    both = [[tuple(round(c * 1024) / 1024 if c == c else c for c in r) for r in t] for t in both]
+    found = conformal_p_values(*(double(table, n_states) for table in both))
+    expected = [p_value_by_hand(sample, both[1]) for sample in both[0]]
+    assert found.tolist() == pytest.approx(expected, nan_ok=True)
 
 
 @settings(deadline=None)
-@given(samples, references, st.sampled_from([0.0, 0.05, 0.2, 0.5, 1.0]))
-def test_rejections_are_those_of_benjamini_and_hochberg(pairs, reference, rate):
-    """By adjusted p-values: the least of ``p_(j) n / j`` over all ranks ``j`` from one's own on.
-
-    Without a known reference nothing is told, at any rate.
-    """
-    expected, told = [], not all(map(math.isnan, reference))
-    for c, arm in pairs:
-        own = sorted(p_value_by_hand(other, reference) for other, k in pairs if k == arm)
-        mine = p_value_by_hand(c, reference)
-        adjusted = min(p * len(own) / rank for rank, p in enumerate(own, start=1) if p >= mine)
-        expected.append(told and adjusted <= rate * (1 + 1e-12) and not math.isnan(c))
-    assert reject(pairs, reference, rate).tolist() == expected
+@given(samples, st.sampled_from([0.0, 0.05, 0.2, 0.5, 1.0]))
+def test_rejections_are_those_of_benjamini_and_hochberg(pairs, rate):
+    """By adjusted p-values: the least of ``p_(j) n / j`` over all ranks ``j`` from one's own on."""
+    expected = []
+    for mine, arm in pairs:
+        own = sorted(p for p, k in pairs if k == arm and not math.isnan(p))
+        adjusted = [p * len(own) / rank for rank, p in enumerate(own, start=1) if p >= mine]
+        expected.append(min(adjusted, default=math.inf) <= rate * (1 + 1e-12))
+    found = disbelieved(double([p for p, _ in pairs]), torch.tensor([k for _, k in pairs]), rate)
+    assert found.tolist() == expected
 
 
 def test_false_discoveries_keep_to_the_rate_and_wrong_labels_are_found():
@@ -59,12 +70,12 @@ def test_false_discoveries_keep_to_the_rate_and_wrong_labels_are_found():
     generator = torch.Generator().manual_seed(0)
     shares, found, alone = [], [], []
     for _ in range(300):
-        reference = torch.rand(200, generator=generator)
-        like, wrong = (torch.rand(50, generator=generator) for _ in range(2))
-        clean = torch.rand(100, generator=generator)
+        reference = torch.rand(200, 1, generator=generator)
+        like, wrong = (torch.rand(50, 1, generator=generator) for _ in range(2))
+        clean = torch.rand(100, 1, generator=generator)
         confidence = torch.cat([like, 0.03 * wrong, clean])
         arms = torch.tensor([0] * 100 + [1] * 100)
-        rejected = disbelieved(confidence, reference, arms, rate=0.2)
+        rejected = disbelieved(conformal_p_values(confidence, reference), arms, rate=0.2)
         shares.append(float(rejected[:50].sum() / rejected[:100].sum().clamp(min=1)))
         found.append(float(rejected[50:100].float().mean()))
         alone.append(float(rejected[100:].any()))
@@ -74,34 +85,50 @@ def test_false_discoveries_keep_to_the_rate_and_wrong_labels_are_found():
     assert sum(alone) / len(alone) <= 0.2 + 0.05
 
 
-def test_nothing_is_disbelieved_without_reference_or_knowledge():
-    ones = torch.zeros(4).long()
-    assert not disbelieved(torch.zeros(4), torch.empty(0), ones, 0.5).any()
-    assert not disbelieved(torch.zeros(4), torch.full((9,), math.nan), ones, 0.5).any()
-    unknown = torch.tensor([math.nan, 0.0, 0.0, 0.0])
-    assert disbelieved(unknown, torch.ones(99), ones, 1.0).tolist() == [False, True, True, True]
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_samples_that_not_all_states_saw_are_not_rejected_for_it(share):
+    """States are the surer the later; rows differ, and a sample is about as hard for all states."""
+    generator = torch.Generator().manual_seed(0)
+    sureness = torch.tensor([1.0, 0.8, 0.6, 0.4, 0.2])
+
+    def seen(n, share):
+        table = (0.9 * torch.rand(n, 1, generator=generator) + 0.1) * sureness
+        unseen = torch.rand(n, 5, generator=generator) > share
+        unseen[:, 2] = False  # the round in which it was chosen, at least
+        return table.masked_fill(unseen, torch.nan)
+
+    rejected = 0
+    for _ in range(20):
+        p = conformal_p_values(seen(200, share), seen(200, 1.0))
+        rejected += int(disbelieved(p, torch.zeros(200, dtype=torch.int64), rate=0.5).sum())
+    assert rejected <= 0.02 * 20 * 200
+
+
+def test_the_unknown_is_no_test_and_without_a_reference_nothing_is():
+    arms, unknown = torch.zeros(4).long(), double([[math.nan], [0.0], [0.0], [0.0]])
+    p = conformal_p_values(unknown, torch.ones(99, 1))
+    assert disbelieved(p, arms, 1.0).tolist() == [False, True, True, True]
+    for reference in (torch.empty(0, 1), torch.full((9, 1), math.nan)):
+        assert not disbelieved(conformal_p_values(unknown, reference), arms, 1.0).any()
+
+
+few = st.sampled_from([0.0, 0.1, 0.5])
 
 
 @settings(deadline=None)
-@given(st.lists(st.tuples(st.sampled_from([0.0, 0.1, 0.5]), st.booleans()), max_size=20))
-def test_least_believed_equals_a_sort_in_python(pairs):
-    expected = sorted((c, p) for p, (c, among) in enumerate(pairs) if among)
+@given(st.lists(st.tuples(few, few, st.booleans()), max_size=20))
+def test_least_believed_equals_a_sort_in_python(rows):
+    expected = sorted((p, c, at) for at, (p, c, among) in enumerate(rows) if among)
+    p, confidence = double([p for p, *_ in rows]), double([[c] for _, c, _ in rows], 1)
+    among = torch.tensor([a for *_, a in rows], dtype=torch.bool)
     for most in (0, 3, 40):
-        found = least_believed(
-            double([c for c, _ in pairs]), torch.tensor([a for _, a in pairs]).bool(), most
-        )
+        found = least_believed(p, confidence, among, most)
         assert found.dtype == torch.int64
-        assert found.tolist() == [p for _, p in expected[:most]]
+        assert found.tolist() == [at for *_, at in expected[:most]]
 
 
 def test_bad_settings_are_refused():
     with pytest.raises(ConfigurationError, match="rate"):
-        disbelieved(torch.ones(2), torch.ones(2), torch.zeros(2).long(), rate=1.5)
+        disbelieved(torch.ones(2), torch.zeros(2).long(), rate=1.5)
     with pytest.raises(ConfigurationError, match="most"):
-        least_believed(torch.ones(2), torch.ones(2).bool(), most=-1)
-
-
-@pytest.mark.parametrize("reference", [torch.empty(0), torch.tensor([math.nan, math.nan])])
-def test_without_a_known_reference_nobody_is_disbelieved_at_any_rate(reference):
-    confidence, arms = torch.zeros(4), torch.zeros(4, dtype=torch.int64)
-    assert not disbelieved(confidence, reference, arms, 1.0).any()
+        least_believed(torch.ones(2), torch.ones(2, 1), torch.ones(2).bool(), most=-1)

@@ -88,6 +88,24 @@ def test_hard_samples_are_not_taken_back_for_the_wrong_ones_of_another_source():
     assert taken_back[1] >= 40
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"reference_size": 100},  # of 400
+        {"review_size": 40, "reservoir_size": 40},  # of 300 selected
+    ],
+)
+def test_good_samples_are_kept_where_not_all_are_looked_at_in_every_round(settings):
+    taken_back = 0
+    for seed in range(3):
+        sources = {name: hard(400, seed + at) for at, name in enumerate("abc")}
+        strategy = DVC(disbelief_rate=0.0, take_back=1.0, **settings)
+        run = Run(strategy, sources, budget=300, oversample=2.0, steps=30)
+        run.reference = hard(400, 500 + seed)
+        taken_back += sum(len(choice.remove) for choice in run.all())
+    assert taken_back <= 10  # of 900
+
+
 def chosen_late(rate, n_wrong, budget):
     """A run that would take wrong labels for uncertain: how many it adds late, and of how many."""
     settings = {"temperature": 100.0, "take_back": 0.0, "disbelief_rate": rate}

@@ -1,7 +1,6 @@
 """What is remembered from round to round, seen by a real probe on a net that trains in between."""
 
 import copy
-import math
 
 import pytest
 import torch
@@ -108,48 +107,42 @@ def plausibility(net, x, y):
         )
 
 
-def mean_over(states, seen):
-    """Mean over the states that saw a sample, latest first."""
-    known = [value for value, at in zip(states, seen, strict=True) if at]
-    return math.fsum(known) / len(known)
+def in_states(nets, x, y):
+    """What each of the window's states finds, ``(n, WINDOW + 1)``; NaN for those yet to come."""
+    found = [plausibility(net, x, y) for net in nets[: WINDOW + 1]]
+    return torch.stack(found + [torch.full((len(y),), torch.nan)] * (WINDOW + 1 - len(found)), 1)
+
+
+def assert_same(found, expected):
+    torch.testing.assert_close(found, expected, equal_nan=True)
 
 
 @pytest.mark.parametrize("needs", [METRICS, ("quality",)])
 @pytest.mark.parametrize("size", [100, 12])
-def test_confidence_in_the_reference_is_the_mean_over_the_states_that_saw_it(size, needs):
-    rounds, drawn, apart = Rounds(needs, reference_size=size), [], []
+def test_the_reference_is_the_same_in_every_round_and_known_in_all_states(size, needs):
+    rounds, drawn = Rounds(needs, reference_size=size), []
     x, y = rounds.reference.x, rounds.reference.y
     for _ in range(5):
         rounds.reference.read.clear()
         examined = rounds.examine()
-        drawn.insert(0, rounds.reference.read[:])
+        drawn.append(rounds.reference.read[:])
         ids = drawn[0]
+        assert drawn[-1] == ids
         assert len(set(ids)) == len(ids) == min(size, 30)
-        recent = rounds.states[: WINDOW + 1]
-        table = torch.stack([plausibility(net, x, y) for net in recent])
-        expected = [
-            mean_over(table[:, i].tolist(), [i in seen for seen in drawn[: len(recent)]])
-            for i in ids
-        ]
-        torch.testing.assert_close(examined.reference_recently, torch.tensor(expected))
         assert examined.labels.tolist() == y[ids].tolist()
-        present = plausibility(rounds.net, x, y)[ids]
-        torch.testing.assert_close(examined.reference_confidence, present)
-        apart.append(float((examined.reference_recently - present).abs().max()))
+        assert_same(examined.reference_confidence, in_states(rounds.states, x[ids], y[ids]))
         rounds.end()
-    assert max(apart) > 1e-2  # the mean is not the present alone
 
 
-def test_confidence_in_the_selection_is_the_mean_over_the_states_that_saw_it():
+def test_confidence_in_the_selection_is_that_of_each_state():
     rounds = Rounds(reference=False)
     x, y = default_collate([rounds.pools.dataset[int(i)] for i in rounds.selected])
     for _ in range(5):
         examined = rounds.examine()
-        recent = [plausibility(net, x, y) for net in rounds.states[: WINDOW + 1]]
-        expected = torch.stack(recent).mean(0)
-        torch.testing.assert_close(examined.selected_recently, expected)
+        expected = in_states(rounds.states, x, y)
+        assert_same(examined.selected_confidence, expected)
         # Without a reference the selection stands in for it.
-        torch.testing.assert_close(examined.reference_recently, expected)
+        assert_same(examined.reference_confidence, expected)
         rounds.end()
 
 
@@ -165,8 +158,9 @@ def test_what_was_seen_of_the_reference_outlives_a_restart(size, tmp_path):
     broken.observer.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     for _ in range(3):
         expected, found = straight.examine(), broken.examine()
-        assert torch.equal(found.reference_recently, expected.reference_recently)
-        assert torch.equal(found.selected_recently, expected.selected_recently)
+        for name in ("reference_confidence", "selected_confidence"):
+            one, other = (getattr(each, name) for each in (found, expected))
+            torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
         for one, other in zip(found.standards, expected.standards, strict=True):
             assert (one.median, one.mad) == (other.median, other.mad)
             assert torch.equal(one.momentum, other.momentum)
