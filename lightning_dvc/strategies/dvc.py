@@ -24,6 +24,7 @@ from lightning_dvc.records import Choice
 from lightning_dvc.strategies.base import Round
 from lightning_dvc.strategies.observer import Examined, Observer, ObserverSettings
 from lightning_dvc.strategies.rewards import (
+    NOT_JUDGED_BY,
     REWARDS,
     WORTHLESS,
     ArmRewards,
@@ -230,7 +231,8 @@ class DVC:
         with this.watch.section("choose"):
             alpha = self.layer_weights.alpha(scores.layer_metrics.shape[1])
             values = scores.values(weights, alpha)
-            doubted = self._disbelieved(this, scores, examined)
+            p_values = self._p_values(scores.confidence, examined)
+            doubted = disbelieved(p_values, this.pools.arms_of(scores.ids), self.disbelief_rate)
             choice, positions = self._pick(
                 this, scores, values, weights, examined, doubted, quota, removed
             )
@@ -243,8 +245,9 @@ class DVC:
             if self.reward == "gain":  # known once the score is
                 self._gain.added(torch.bincount(arms[positions], minlength=bandit.n_arms))
             else:
-                if alignment is not None and doubted is not None and bool(doubted.any()):
-                    self._leave_out(this, alignment, scores.ids[doubted])
+                if alignment is not None:
+                    acquitted = (p_values <= self.disbelief_rate) & ~doubted
+                    self._look_again(this, alignment, scores.ids[acquitted])
                 earned = self._earned(this, arms, values, positions, alignment)
                 _learn(bandit, earned)
         choice.figures.update(self._figures(this, earned, alpha))
@@ -328,11 +331,13 @@ class DVC:
             rewards = ArmRewards(len(this.pools.names), examined.gradient)
         parts = [Scores.empty(len(examined.standards), self._observer.window)]
         for captured in self._observer.candidates(this, candidates):
+            arms = this.pools.arms_of(captured.ids)
+            suspect = self._p_values(captured.confidence, examined) <= self.disbelief_rate
             scores = score(
                 captured,
                 examined.standards,
                 self._observer.codes(captured),
-                this.pools.arms_of(captured.ids),
+                arms.masked_fill(suspect, NOT_JUDGED_BY),
                 needs=self.weights.measures,
                 rewards=rewards,
             )
@@ -346,7 +351,7 @@ class DVC:
         values: Tensor,
         weights: Tensor,
         examined: Examined,
-        doubted: Tensor | None,
+        doubted: Tensor,
         quota: int,
         removed: Tensor,
     ) -> tuple[Choice, Tensor]:
@@ -374,26 +379,24 @@ class DVC:
         raw = scores.rows(places).raw()
         return Choice(scores.ids[places], values[places], raw, weights, removed, figures), places
 
-    def _disbelieved(self, this: Round, scores: Scores, examined: Examined) -> Tensor | None:
-        """Candidates with too implausible targets; None without held-out samples.
+    def _p_values(self, confidence: Tensor, examined: Examined) -> Tensor:
+        """Of candidates, ``(n,)``; NaN without held-out samples.
 
         Selected samples cannot stand in for these: the model has been trained on them.
         """
+        reference = examined.reference_confidence[:, :1]
         if examined.held_out == 0:
-            return None
-        arms, now = this.pools.arms_of(scores.ids), scores.confidence[:, :1]
-        p_values = conformal_p_values(now, examined.reference_confidence[:, :1])
-        found = disbelieved(p_values, arms, self.disbelief_rate)
-        return this.group.first(found, this.probe.device)
+            reference = reference[:0]
+        return conformal_p_values(confidence[:, :1].float(), reference)
 
-    def _leave_out(self, this: Round, rewards: ArmRewards, ids: Tensor) -> None:
-        """Take disbelieved candidates out of what their sources are judged by.
+    def _look_again(self, this: Round, rewards: ArmRewards, ids: Tensor) -> None:
+        """Let suspects that are believed after all count for their sources.
 
-        Which ones they are is known only after all have been looked at, and keeping all gradients
-        until then would cost too much memory, so these few are looked at again.
+        Whom to believe is known only after all have been looked at, and keeping the gradients of
+        suspects until then would cost too much memory.
         """
         for captured in self._observer.again(this, ids):
-            rewards.leave_out(captured.gradients, this.pools.arms_of(captured.ids))
+            rewards.take_in(captured.gradients, this.pools.arms_of(captured.ids))
 
     def _figures(self, this: Round, earned: Tensor | None, alpha: Tensor) -> dict[str, float]:
         """What is told of a round beside what was chosen."""
@@ -409,11 +412,16 @@ class DVC:
         self, this: Round, arms: Tensor, values: Tensor, chosen: Tensor, found: ArmRewards | None
     ) -> Tensor:
         """Rewards ``(K,)`` that are known as soon as a round is over."""
+        n_arms = len(this.pools.names)
         if found is not None:
-            return found.rewards(this.group)
+            rewards = found.rewards(this.group)
+            # A source all of whose candidates are disbelieved is of no use, unless they are so few
+            # that it may be chance.
+            many = torch.bincount(arms, minlength=n_arms) * self.disbelief_rate >= 1
+            return rewards.masked_fill(rewards.isnan() & many, 0.0)
         if self.reward == "acceptance":
             values = torch.zeros_like(values).index_fill(0, chosen, 1.0)
-        return mean_by_arm(values, arms, len(this.pools.names))
+        return mean_by_arm(values, arms, n_arms)
 
     def _class_ceiling(self, labels: Tensor, reference: Tensor, quota: int) -> Tensor | None:
         highest = max(torch.cat([labels, reference]).tolist(), default=-1)

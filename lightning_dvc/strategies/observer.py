@@ -143,7 +143,8 @@ class Observer:
             [layer.overall for layer in means],
             labels,
             self._trust,
-            seen.recent(reference.ids, this.number),
+            # Of the first process, since elsewhere samples may be augmented otherwise.
+            this.group.first(seen.recent(reference.ids, this.number), this.probe.device),
             of_selected.recent(this.selected, this.number),
         )
 
@@ -155,10 +156,9 @@ class Observer:
         return cached.capture(this.pools.dataset, mine, snapshots, keep=self._cache_pays)
 
     def again(self, this: Round, ids: Tensor) -> Iterator[Captured]:
-        """Look once more at this process's part of some candidates, and keep nothing of it."""
-        cached = CachedProbe(this.probe, self._cache, self.window)
+        """Look once more at this process's part of some candidates, past the cache."""
         mine = this.group.shard(ids, this.probe.batch_size)
-        return cached.capture(this.pools.dataset, mine, keep=False)
+        return this.probe.capture(this.pools.dataset, mine)
 
     def codes(self, captured: Captured) -> Tensor:
         """Hash the features of ``n`` samples, ``(n, tables)``."""

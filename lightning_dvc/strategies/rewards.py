@@ -27,11 +27,15 @@ WORTHLESS: Final[Mapping[str, float]] = {
 """The reward of a source of no use, by kind of reward; values are ranks, one half on average."""
 
 
+NOT_JUDGED_BY: Final = -1
+"""In place of its source, for a candidate that the source is not to be judged by."""
+
+
 class ArmRewards:
     """Mean candidate gradient of each arm, compared with the mean reference gradient.
 
     The reward of an arm is ``(1 + cos(mean gradient of its candidates, reference gradient)) / 2``
-    over all captured layers together. Candidates can be left out of it.
+    over all captured layers together.
 
     Args:
         n_arms: Number of sources ``K``.
@@ -47,7 +51,6 @@ class ArmRewards:
         self._sums = [full.new_zeros(n_arms, *full.shape) for full in self._reference]
         self._batch: dict[tuple[int, int], Tensor] = {}
         self._counts = torch.zeros(n_arms, dtype=torch.int64)
-        self._left_out = torch.zeros_like(self._counts)
 
     def add(self, layer: int, gradients: LayerGradients, arms: Tensor) -> None:
         """Take in the gradients of one layer for a part of a batch of candidates.
@@ -55,9 +58,12 @@ class ArmRewards:
         Args:
             layer: Number of the layer.
             gradients: Gradients of ``n`` candidates.
-            arms: ``(n,)`` the source of each; cheapest where equal ones follow each other.
+            arms: ``(n,)`` the source of each, or :data:`NOT_JUDGED_BY`; cheapest where equal ones
+                follow each other.
         """
         for arm, own in runs(gradients, arms):
+            if arm == NOT_JUDGED_BY:
+                continue
             if (layer, arm) not in self._batch:
                 self._batch[layer, arm] = own.sum()
             else:
@@ -67,36 +73,34 @@ class ArmRewards:
         """End a batch, all of whose parts and layers were added.
 
         Args:
-            arms: ``(n,)`` the sources of its candidates.
+            arms: ``(n,)`` the sources of its candidates, or :data:`NOT_JUDGED_BY`.
         """
         for (layer, arm), total in self._batch.items():
             self._sums[layer][arm] += total
         self._batch.clear()
-        self._counts += torch.bincount(arms, minlength=len(self._counts))
+        self._counts += torch.bincount(arms[arms != NOT_JUDGED_BY], minlength=len(self._counts))
 
-    def leave_out(self, gradients: Sequence[LayerGradients], arms: Tensor) -> None:
-        """Let some of the candidates that were taken in count no more.
+    def take_in(self, gradients: Sequence[LayerGradients], arms: Tensor) -> None:
+        """Take in a whole batch.
 
         Args:
             gradients: Per layer, gradients of ``n`` candidates.
             arms: ``(n,)`` the source of each.
         """
         order = arms.argsort(stable=True)
-        for layer, of_layer in enumerate(gradients):
-            for rows, part in of_layer.parts(order=order):
-                for arm, own in runs(part, arms[rows]):
-                    self._sums[layer][arm] -= own.sum()
-        self._left_out += torch.bincount(arms, minlength=len(self._counts))
+        for number, layer in enumerate(gradients):
+            for rows, part in layer.parts(order=order):
+                self.add(number, part, arms[rows])
+        self.close(arms)
 
     def rewards(self, group: Group) -> Tensor:
         """Add up what all processes took in.
 
         Returns:
-            ``(K,)`` float64 in ``[0, 1]`` on the CPU; NaN for an arm without candidates, 0 for one
-            all of whose candidates were left out, and 1/2 where a mean gradient vanishes.
+            ``(K,)`` float64 in ``[0, 1]`` on the CPU; NaN for an arm without candidates, and 1/2
+            where a mean gradient vanishes.
         """
-        device = self._sums[0].device
-        counts, left_out = (group.sum(x.to(device)).cpu() for x in (self._counts, self._left_out))
+        counts = group.sum(self._counts.to(self._sums[0].device)).cpu()
         products, squares, length = (torch.zeros((), dtype=torch.float64) for _ in range(3))
         for total, full in zip(self._sums, self._reference, strict=True):
             total = group.sum(total).flatten(1)
@@ -105,8 +109,7 @@ class ArmRewards:
             length = length + full.square().sum().cpu()
         lengths = (squares * length).sqrt()
         cosine = torch.where(lengths > 0, products / lengths, 0.0).clamp(-1, 1)
-        found = torch.where(counts > left_out, (1 + cosine) / 2, 0.0)
-        return torch.where(counts > 0, found, torch.nan)
+        return torch.where(counts > 0, (1 + cosine) / 2, torch.nan)
 
 
 def mean_by_arm(numbers: Tensor, arms: Tensor, n_arms: int) -> Tensor:

@@ -138,7 +138,8 @@ def score(
         captured: What a pass over ``n`` candidates showed, with gradients.
         standards: One entry per captured layer.
         codes: ``(n, tables)`` hash codes of the candidates' features.
-        arms: ``(n,)`` the source of each candidate.
+        arms: ``(n,)`` the source of each candidate, or
+            :data:`~lightning_dvc.strategies.rewards.NOT_JUDGED_BY`.
         needs: Metrics to measure; the others come out as NaN.
         rewards: Takes in the batch, if given.
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers.problems import CLASSES, generator, good, labelled, repeated, wrong
 from helpers.rounds import BUDGET, ROUNDS, Run
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 from lightning_dvc import DVC, BayesianWeights, FixedWeights, Random, Source
 from lightning_dvc.errors import ConfigurationError
@@ -215,17 +215,42 @@ def half_wrong(n=400, seed=40):
     return TensorDataset(x, torch.where(torch.arange(n) % 2 == 0, (y + 1) % CLASSES, y))
 
 
+class Augmented(Dataset):
+    """Adds noise, other noise at each look."""
+
+    def __init__(self, samples):
+        self.samples, self.generator = samples, generator(0)
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        x, y = self.samples[index]
+        return x + 0.3 * torch.randn(x.shape, generator=self.generator), y
+
+
+@pytest.mark.parametrize("augmented", [lambda samples: samples, Augmented])
 @pytest.mark.parametrize("seed", range(3))
-def test_a_source_is_not_judged_by_candidates_that_are_disbelieved(seed):
+def test_a_source_is_not_judged_by_candidates_that_are_disbelieved(seed, augmented):
     def reward(rate):
         strategy = DVC(disbelief_rate=rate, temperature=100.0, take_back=0.0)
-        sources = {"good": good(400, seed=seed), "mixed": half_wrong(seed=40 + seed)}
+        mixed = augmented(half_wrong(seed=40 + seed))
+        sources = {"good": augmented(good(400, seed=seed)), "mixed": mixed}
         run = Run(strategy, sources, budget=200, steps=20)
         run.round()
         return run.round().figures["reward/mixed"]
 
     assert reward(0.0) < 0.5  # the wrong half has the greater gradients
     assert reward(0.2) > 0.9
+
+
+@pytest.mark.parametrize(("n_wrong", "expected"), [(100, 0.0), (4, math.nan)])
+def test_a_source_of_disbelieved_samples_only_is_of_no_use_if_they_are_many(n_wrong, expected):
+    """Four may be a clean source's by chance, at a rate of one in five."""
+    strategy = DVC(temperature=100.0, take_back=0.0)
+    run = Run(strategy, {"good": good(400), "wrong": wrong(n_wrong)}, budget=200, steps=60)
+    found = [run.round().figures.get("reward/wrong", math.nan) for _ in range(4)]
+    assert str(found[2:]) == str([expected] * 2)  # by then the model knows
 
 
 def test_costs_do_not_change_how_many_are_chosen():

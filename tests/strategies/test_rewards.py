@@ -13,7 +13,7 @@ from lightning_dvc.capture.convolution import Convolved
 from lightning_dvc.capture.gradients import Materialised, OuterProducts
 from lightning_dvc.capture.scattered import Scattered
 from lightning_dvc.distributed import Group
-from lightning_dvc.strategies.rewards import ArmRewards, MeasuredGain, mean_by_arm
+from lightning_dvc.strategies.rewards import NOT_JUDGED_BY, ArmRewards, MeasuredGain, mean_by_arm
 
 ARMS = 4
 
@@ -78,7 +78,7 @@ def rewards_by_hand(layers, arms, reference):
 @settings(deadline=None, max_examples=60)
 @given(
     kinds=st.lists(st.sampled_from(range(len(LAYERS))), min_size=1, max_size=4),
-    arms=st.lists(st.integers(0, ARMS - 1), min_size=1, max_size=15),
+    arms=st.lists(st.integers(NOT_JUDGED_BY, ARMS - 1), min_size=1, max_size=15),
     batch_size=st.integers(1, 16),
     part_size=st.integers(1, 5),
     seed=st.integers(0, 999),
@@ -111,34 +111,6 @@ def test_batches_after_a_question_count_as_well():
         expected = rewards_by_hand([full[:upto]], arms[:upto].tolist(), reference)
         found = rewards.rewards(Group())
         oracles.assert_near(found.nan_to_num(), [0.0 if e != e else e for e in expected])
-
-
-@settings(deadline=None, max_examples=60)
-@given(
-    kinds=st.lists(st.sampled_from(range(len(LAYERS))), min_size=1, max_size=3),
-    candidates=st.lists(
-        st.tuples(st.integers(0, ARMS - 1), st.booleans()), min_size=1, max_size=15
-    ),
-    seed=st.integers(0, 999),
-)
-def test_candidates_left_out_count_no_more(kinds, candidates, seed):
-    arms, out = [arm for arm, _ in candidates], [left_out for _, left_out in candidates]
-    made = [LAYERS[kind](len(arms), 100 * number + seed) for number, kind in enumerate(kinds)]
-    layers, full = [layer for layer, _ in made], [full for _, full in made]
-    reference = [normal(*x.shape[1:], seed=7 + number) for number, x in enumerate(full)]
-    rewards, at, left = ArmRewards(ARMS, reference), torch.tensor(arms), torch.tensor(out)
-    for number, layer in enumerate(layers):
-        rewards.add(number, layer, at)
-    rewards.close(at)
-    for rows in torch.nonzero(left).flatten().split(4):  # in any batches, of any order of arms
-        rewards.leave_out([layer.rows(rows) for layer in layers], at[rows])
-    kept = [row for row, left_out in enumerate(out) if not left_out]
-    some = [[rows[row] for row in kept] for rows in full]
-    expected = rewards_by_hand(some, [arms[row] for row in kept], reference)
-    expected = [0.0 if e != e and arm in arms else e for arm, e in enumerate(expected)]
-    expected = torch.tensor(expected, dtype=torch.float64)
-    found = rewards.rewards(Group())
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9, equal_nan=True)
 
 
 @settings(deadline=None)
