@@ -41,6 +41,9 @@ class DVCDataModule(LightningDataModule):
             its share of the selection. Samples must be alike, whichever source they come from.
         val: Held-out samples: the validation loader, and what candidates are compared with, so keep
             them clean. Without any, the selection itself is the reference.
+        reference: What candidates are compared with in place of ``val``: with random augmentation,
+            the same samples as the transforms of training make them, for a plain sample is more
+            plausible than an augmented one, whatever their labels.
         test: For the test loader.
         predict: For the predict loader.
         budget: The most samples that are selected at the same time: a fraction of all in
@@ -75,6 +78,7 @@ class DVCDataModule(LightningDataModule):
         predict: AnyDataset | None = None,
         *,
         budget: int | float,
+        reference: AnyDataset | None = None,
         batch_size: int = 32,
         num_workers: int = 0,
         collate_fn: Callable[[list[Any]], Any] = default_collate,
@@ -93,7 +97,10 @@ class DVCDataModule(LightningDataModule):
             persistent_workers=num_workers > 0,
         )
         self._open(sources)
-        self.reference: AnyDataset | None = None if val is None else checked_reference(val)
+        self.reference: AnyDataset | None = None
+        for name, held_out in (("val", val), ("reference", reference)):  # the latter goes first
+            if held_out is not None:
+                self.reference = checked_reference(held_out, name)
         for name, dataset in (("val", val), ("test", test), ("predict", predict)):
             if dataset is not None:
                 # Set on the object, because Lightning takes a method of the class as a sign that
@@ -266,9 +273,9 @@ class DVCDataModule(LightningDataModule):
             budget: As for the class.
             selection: In place of a budget, a :attr:`selection` that was made from the same
                 sources, or a file of one, to train on it again: no callback is needed.
-            reference: Held-out samples to compare candidates with. When not given, those of its
-                validation loader; of all its validation loaders, if their samples are like those
-                of the training set; without these, the selection itself.
+            reference: As for the class. When not given, the samples of its validation loader; of
+                all its validation loaders, if their samples are like those of the training set;
+                without these, the selection itself.
             seed: As for the class.
             warmup: As for the class.
             rounds: As for the class.
@@ -565,8 +572,12 @@ class DVCDataModule(LightningDataModule):
         self._saved = None
 
 
-def checked_reference(reference: AnyDataset) -> AnyDataset:
+def checked_reference(reference: AnyDataset, name: str) -> AnyDataset:
     """Refuse held-out samples that cannot be drawn from.
+
+    Args:
+        reference: The dataset.
+        name: Of the argument that it was given as.
 
     Raises:
         ConfigurationError: If the dataset is not map-style, or empty.
@@ -574,11 +585,11 @@ def checked_reference(reference: AnyDataset) -> AnyDataset:
     kind = type(reference).__name__
     if not (hasattr(reference, "__len__") and hasattr(reference, "__getitem__")):
         raise ConfigurationError(
-            f"val needs __len__ and __getitem__, because candidates are compared with some of its "
-            f"samples, but {kind} lacks one; load an iterable one into a list first"
+            f"{name} needs __len__ and __getitem__, because candidates are compared with some of "
+            f"its samples, but {kind} lacks one; load an iterable one into a list first"
         )
     if len(reference) == 0:
         raise ConfigurationError(
-            f"val is empty ({kind}); leave it out to use the selection itself as the reference"
+            f"{name} is empty ({kind}); leave it out to use the selection itself as the reference"
         )
     return reference

@@ -67,7 +67,9 @@ class WrappingDataModule(DVCDataModule):
         self._start(budget, seed, warmup, rounds, oversample)
         self.wrapped = datamodule
         self._given_sources = sources
-        self._given_reference = None if reference is None else checked_reference(reference)
+        self._given_reference = (
+            None if reference is None else checked_reference(reference, "reference")
+        )
         self.reference = self._given_reference
         self.prepare_data_per_node = datamodule.prepare_data_per_node
         self.allow_zero_length_dataloader_with_multiple_devices = (
@@ -169,7 +171,7 @@ class WrappingDataModule(DVCDataModule):
         datasets = [dataset_of(each) if isinstance(each, DataLoader) else each for each in found]
         held_out = [dataset for dataset in datasets if dataset is not training]
         if len(held_out) == 1 and _is_map_style(held_out[0]):
-            return checked_reference(held_out[0])
+            return checked_reference(held_out[0], "val")
         if held_out and all(_format(dataset) == _format(training) for dataset in held_out):
             return ConcatDataset(held_out)
         rank_zero_warn(

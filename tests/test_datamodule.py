@@ -53,6 +53,7 @@ class NoLength(Dataset):
         (None, {"oversample": 0.5}, "oversample must be at least 1"),
         (None, {"val": Stream()}, "val needs __len__"),
         (None, {"val": TensorDataset(torch.empty(0, 2))}, "val is empty"),
+        (None, {"reference": TensorDataset(torch.empty(0, 2))}, "reference is empty"),
         (
             {"a": Source(good(10), min_share=0.5), "b": good(90)},
             {"budget": 50},
@@ -138,6 +139,19 @@ def test_loader_is_always_the_same_and_follows_the_selection(num_workers):
     assert datamodule.train_dataloader() is loader
     assert torch.equal(emitted(), expected())
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_candidates_are_compared_with_the_reference_where_one_is_given():
+    val, augmented = (TensorDataset(torch.zeros(n, 2)) for n in (4, 5))
+    sources = {"one": TensorDataset(torch.zeros(9, 2))}
+    for given, expected in (({}, val), ({"reference": augmented}, augmented)):
+        dm = DVCDataModule(sources, val, budget=3, **given)
+        assert dm.reference is expected
+        assert dm.val_dataloader().dataset is val
+    dm = DVCDataModule(sources, budget=3, reference=augmented)
+    assert dm.reference is augmented
+    with pytest.raises(Exception, match="val_dataloader` must be implemented"):
+        dm.val_dataloader()
 
 
 def test_other_loaders_exist_only_for_what_was_given():

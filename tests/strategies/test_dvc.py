@@ -218,15 +218,15 @@ def half_wrong(n=400, seed=40):
 class Augmented(Dataset):
     """Adds noise, other noise at each look."""
 
-    def __init__(self, samples):
-        self.samples, self.generator = samples, generator(0)
+    def __init__(self, samples, noise=0.3):
+        self.samples, self.noise, self.generator = samples, noise, generator(0)
 
     def __len__(self):
         return len(self.samples)
 
     def __getitem__(self, index):
         x, y = self.samples[index]
-        return x + 0.3 * torch.randn(x.shape, generator=self.generator), y
+        return x + self.noise * torch.randn(x.shape, generator=self.generator), y
 
 
 @pytest.mark.parametrize("augmented", [lambda samples: samples, Augmented])
@@ -242,6 +242,18 @@ def test_a_source_is_not_judged_by_candidates_that_are_disbelieved(seed, augment
 
     assert reward(0.0) < 0.5  # the wrong half has the greater gradients
     assert reward(0.2) > 0.9
+
+
+def test_augmented_samples_are_believed_like_a_reference_augmented_alike():
+    def passed_over(reference):
+        augmented = {name: Augmented(good(400, seed=at), 1.5) for at, name in enumerate("abc")}
+        run = Run(DVC(temperature=100.0), augmented, budget=300, steps=30)
+        run.reference = reference
+        return sum(choice.figures["passed_over/belief"] for choice in run.all())
+
+    held_out = good(200, seed=50)
+    assert passed_over(Augmented(held_out, 1.5)) <= 20  # of 1,200 candidates
+    assert passed_over(held_out) >= 60
 
 
 @pytest.mark.parametrize(("n_wrong", "expected"), [(100, 0.0), (4, math.nan)])
