@@ -97,10 +97,10 @@ class DVCDataModule(LightningDataModule):
             persistent_workers=num_workers > 0,
         )
         self._open(sources)
-        self.reference: AnyDataset | None = None
-        for name, held_out in (("val", val), ("reference", reference)):  # the latter goes first
-            if held_out is not None:
-                self.reference = checked_reference(held_out, name)
+        name, held_out = ("val", val) if reference is None else ("reference", reference)
+        self.reference: AnyDataset | None = (
+            None if held_out is None else checked_reference(held_out, name)
+        )
         for name, dataset in (("val", val), ("test", test), ("predict", predict)):
             if dataset is not None:
                 # Set on the object, because Lightning takes a method of the class as a sign that

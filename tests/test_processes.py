@@ -310,12 +310,15 @@ def test_processes_that_see_samples_otherwise_choose_the_same(tmp_path):
         tmp_path / "two",
         net=Counting,
         choose=lambda: DVC(FixedWeights(), take_back=0.3, disown_rate=1.0),
-        datamodule=lambda: make({"a": Noisy(101), "b": Noisy(102, 7), "c": wrong(57)}, rounds=5),
+        datamodule=lambda: make(
+            {"a": Noisy(101), "b": Noisy(102, 7), "c": wrong(57)}, rounds=5, reference=Noisy(40, 9)
+        ),
         devices=2,
         max_epochs=6,
     )
     assert one["ids"] == two["ids"]
-    assert torch.equal(one["state"]["bandit"]["counts"], two["state"]["bandit"]["counts"])
+    for learnt in ("counts", "sums"):
+        assert torch.equal(one["state"]["bandit"][learnt], two["state"]["bandit"][learnt])
     assert set(one["ids"][1]) - set(one["ids"][-1])  # something was taken back
 
 

@@ -129,6 +129,8 @@ def load_batches(
     Yields:
         Batches in order.
     """
+    if not len(ids):  # which is no reason to start workers
+        return
     loader = DataLoader(
         _Tolerant(dataset),
         sampler=ids.tolist(),

@@ -22,9 +22,9 @@ def conformal_p_values(confidence: Tensor, reference: Tensor) -> Tensor:
 
     ``p = (1 + #{reference <= confidence}) / (m + 1)``, which for a sample like the reference is at
     most ``u`` with a probability of at most ``u`` (Bates et al., 2023, equation 3). Compared are
-    means over model states, as they were when the sample was last seen: later states, surer of
-    everything, say nothing of it. Earlier ones are less sure; a sample that they did not see is
-    given the benefit of the doubt, since it was chosen when it was hard.
+    means over model states, later ones being surer of everything: of the sample over those that saw
+    it, of the reference over the same and those from before the sample was first seen. These make
+    the comparison easier on a new sample, which was chosen because it was hard.
 
     Args:
         confidence: ``(n, S)`` how plausible each of ``S`` model states, the latest first, finds a
@@ -33,7 +33,7 @@ def conformal_p_values(confidence: Tensor, reference: Tensor) -> Tensor:
         reference: ``(m, S)`` the same of reference samples.
 
     Returns:
-        ``(n,)`` float64 in ``(0, 1]``; NaN where no state saw the sample, or none until then
+        ``(n,)`` float64 in ``(0, 1]``; NaN where no state saw the sample, or none of those compared
         saw the reference.
 
     Example:
@@ -44,15 +44,17 @@ def conformal_p_values(confidence: Tensor, reference: Tensor) -> Tensor:
     """
     confidence, reference = confidence.cpu(), reference.cpu()
     own, seen = confidence.nanmean(1), ~confidence.isnan()
+    before_first = seen.flip(1).cumsum(1).flip(1) == 0
+    patterns, which = torch.unique(seen | before_first, dim=0, return_inverse=True)
     p_values = torch.full((len(confidence),), torch.nan, dtype=torch.float64)
-    for last in range(confidence.shape[1]):
-        others = reference[:, last:].nanmean(1)
+    for number, states in enumerate(patterns):
+        others = reference[:, states].nanmean(1)
         others = others[~others.isnan()].sort().values
-        rows = torch.nonzero(seen[:, last] & ~seen[:, :last].any(1)).flatten()
         if len(others):
+            rows = torch.nonzero(which == number).flatten()
             below = torch.searchsorted(others, own[rows], right=True)
             p_values[rows] = (1 + below.double()) / (len(others) + 1)
-    return p_values
+    return p_values.masked_fill(own.isnan(), torch.nan)
 
 
 def disbelieved(p_values: Tensor, arms: Tensor, rate: float) -> Tensor:

@@ -71,7 +71,7 @@ class DVC:
         allocation: ``"softmax"`` of that temperature, or ``"argmax"``: all to the best sources.
         refine: Whether to go on after the budget is full, taking back what the model has come to
             disbelieve and filling up with better, never beyond the budget.
-        reference_size: Reference samples drawn afresh each round, at least 1.
+        reference_size: Held-out samples that candidates are compared with, drawn once, at least 1.
         class_relevance: Whether relevance compares a sample with the reference samples of its own
             class, rather than with all of them, as equation 8 can also be read.
         blend: As how many reference samples the selected ones count together, at least 0, and each
@@ -249,6 +249,8 @@ class DVC:
                     acquitted = (p_values <= self.disbelief_rate) & ~doubted
                     self._look_again(this, alignment, scores.ids[acquitted])
                 earned = self._earned(this, arms, values, positions, alignment)
+                # Of the first process, whose reference may be augmented otherwise.
+                earned = this.group.first(earned, this.probe.device)
                 _learn(bandit, earned)
         choice.figures.update(self._figures(this, earned, alpha))
         return choice

@@ -244,6 +244,18 @@ def test_a_source_is_not_judged_by_candidates_that_are_disbelieved(seed, augment
     assert reward(0.2) > 0.9
 
 
+def test_suspects_that_are_believed_after_all_count_for_their_source():
+    def second_round(rate):
+        run = Run(DVC(disbelief_rate=rate), {"hard": hard(400, 0)}, budget=200, steps=30)
+        run.reference = hard(200, 500)
+        run.round()
+        return run.round().figures
+
+    without_suspects, found = second_round(0.0), second_round(0.2)
+    assert found["passed_over/belief"] == 0
+    assert found["reward/hard"] == pytest.approx(without_suspects["reward/hard"], rel=1e-6)
+
+
 def test_augmented_samples_are_believed_like_a_reference_augmented_alike():
     def passed_over(reference):
         augmented = {name: Augmented(good(400, seed=at), 1.5) for at, name in enumerate("abc")}

@@ -100,6 +100,30 @@ def test_rewards_of_every_form_however_they_are_cut(kinds, arms, batch_size, par
     assert torch.equal(rewards.rewards(Group()).nan_to_num(), found.nan_to_num())
 
 
+@settings(deadline=None, max_examples=60)
+@given(
+    kinds=st.lists(st.sampled_from(range(len(LAYERS))), min_size=1, max_size=3),
+    candidates=st.lists(
+        st.tuples(st.integers(0, ARMS - 1), st.booleans()), min_size=1, max_size=15
+    ),
+    seed=st.integers(0, 999),
+)
+def test_candidates_may_come_to_count_later(kinds, candidates, seed):
+    made = [LAYERS[kind](len(candidates), 100 * at + seed) for at, kind in enumerate(kinds)]
+    layers, full = [layer for layer, _ in made], [full for _, full in made]
+    reference = [normal(*x.shape[1:], seed=7 + number) for number, x in enumerate(full)]
+    at, later = (torch.tensor(column) for column in zip(*candidates, strict=True))
+    rewards, first = ArmRewards(ARMS, reference), at.masked_fill(later, NOT_JUDGED_BY)
+    for number, layer in enumerate(layers):
+        rewards.add(number, layer, first)
+    rewards.close(first)
+    for rows in torch.nonzero(later).flatten().split(4):  # in any batches, of any order of arms
+        rewards.take_in([layer.rows(rows) for layer in layers], at[rows])
+    expected = torch.tensor(rewards_by_hand(full, at.tolist(), reference), dtype=torch.float64)
+    found = rewards.rewards(Group())
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9, equal_nan=True)
+
+
 def test_batches_after_a_question_count_as_well():
     layer, full = of_linear(6, 0, 1)
     reference = [normal(2, 4, seed=5)]
