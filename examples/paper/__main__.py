@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, help="files of the data sets; OpenML without")
     parser.add_argument("--datasets", nargs="+", choices=list(DATASETS), default=list(DATASETS))
     parser.add_argument("--methods", nargs="+", help="only some of them")
+    parser.add_argument("--budgets", nargs="+", type=float, help="only some of them")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--rows", nargs="+", type=int, default=[3000, 6000, 12_000])
     parser.add_argument("--accelerator", choices=["cpu", "gpu"], default="cpu", help="of table3")
@@ -104,7 +105,10 @@ def _table3(arguments: argparse.Namespace, path: Path) -> str:
 
 
 def _is_wanted(job: Job | scale.ScaleJob, arguments: argparse.Namespace) -> bool:
-    return not arguments.methods or job.method in arguments.methods
+    return all(
+        not wanted or value in wanted
+        for value, wanted in ((job.method, arguments.methods), (job.budget, arguments.budgets))
+    )
 
 
 if __name__ == "__main__":
