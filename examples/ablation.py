@@ -233,11 +233,12 @@ def _difference(
     found: Mapping[tuple[str, float, int], tuple[float, float]],
     usual: Mapping[tuple[str, float, int], tuple[float, float]],
 ) -> str:
-    """Mean difference of two variants over the seeds that both have in full."""
-    seeds = sorted({run[2] for run in found})
+    """Mean difference of two variants over the seeds that both have."""
+    runs = [found, usual]
+    seeds = sorted(set.intersection(*({run[2] for run in each} for each in runs)))
     both = [
         [_share([v for run, v in each.items() if run[2] == seed]) for seed in seeds]
-        for each in (found, usual)
+        for each in runs
     ]
     if found is usual or len(seeds) < 2:
         return ""

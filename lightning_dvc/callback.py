@@ -45,7 +45,8 @@ class DVCCallback(Callback):
     Args:
         strategy: How to choose; :class:`~lightning_dvc.DVC` with its defaults when not given.
         monitor: Name of the validation metric that the strategy learns from, as logged by the
-            module. Needed by strategies that learn from it only.
+            module. Only strategies that learn from a score need it, such as
+            ``DVC(BayesianWeights())``; where it is given, the module must log it.
         mode: Whether a greater (``"max"``) or a smaller (``"min"``) value is better.
         every_n_epochs: Epochs from one round to the next, at least 1. When not given, as many that
             the rounds end within two thirds of the run, as ``max_epochs`` or ``max_steps`` ends it;
@@ -59,8 +60,8 @@ class DVCCallback(Callback):
             not given.
         objective: A function ``(module, batch)`` that returns per-sample ``(losses, outputs)`` or
             ``(losses, outputs, targets)``; needed only for a ``training_step`` whose loss is not
-            made of torch's loss functions, or that optimises manually. A method
-            ``per_sample_loss(batch)`` of the module does the same.
+            made of functions of torch that are understood (the error names them), or that
+            optimises manually. A method ``per_sample_loss(batch)`` of the module does the same.
         layers: Names of the layers to capture, as in ``named_modules()``; every trainable
             ``Linear``, ``Conv1d`` to ``Conv3d`` and ``Embedding`` when not given.
         score_batch_size: Samples scored in one pass, at least 1; ``"auto"`` begins with 512 and

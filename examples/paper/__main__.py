@@ -7,7 +7,7 @@ plots it beside the file, but for ``table2``; with ``--only-report``, of what th
 """
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
 
@@ -77,7 +77,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("artefacts/paper"))
     parser.add_argument("--only-report", action="store_true", help="run nothing")
     arguments = parser.parse_args()
-    path = arguments.folder / f"{arguments.table}.csv"
+    _check_methods(parser, arguments)
+    of_gpu = arguments.table == "table3" and arguments.accelerator == "gpu"
+    path = arguments.folder / f"{arguments.table}{'_gpu' if of_gpu else ''}.csv"
     print(_table3(arguments, path) if arguments.table == "table3" else _tables(arguments, path))
 
 
@@ -102,6 +104,18 @@ def _table3(arguments: argparse.Namespace, path: Path) -> str:
         done |= {scale.job_of(row): row for row in run_all(jobs, run, path, scale.COLUMNS, 1)}
     report.draw_table3(done, path.with_suffix(".svg"))
     return report.table3(done)
+
+
+def _check_methods(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    jobs: Iterable[Job | scale.ScaleJob] = (
+        scale.jobs_of(arguments.rows, [0])
+        if arguments.table == "table3"
+        else jobs_of(arguments.table, [0], list(DATASETS))
+    )
+    known = sorted({job.method for job in jobs})
+    unknown = sorted(set(arguments.methods or ()) - set(known))
+    if unknown:
+        parser.error(f"expected methods of {arguments.table} among {known}, but got {unknown}")
 
 
 def _is_wanted(job: Job | scale.ScaleJob, arguments: argparse.Namespace) -> bool:

@@ -204,14 +204,17 @@ def table2(rows: Rows) -> str:
     cells = sorted({(job.dataset, job.budget) for job in rows})
     lines = []
     for name in PARTS:
-        own = [numbers(rows, "scratch_accuracy", Job(name, d, b, N_VAL, 0)) for d, b in cells]
-        full = [numbers(rows, "scratch_accuracy", Job("all_six", d, b, N_VAL, 0)) for d, b in cells]
-        pairs = [
-            mine[: len(all_)] - all_[: len(mine)] for mine, all_ in zip(own, full, strict=True)
+        own, full = (
+            [by_seed(rows, "scratch_accuracy", Job(each, d, b, N_VAL, 0)) for d, b in cells]
+            for each in (name, "all_six")
+        )
+        differences = [
+            mine[seed] - all_[seed]
+            for mine, all_ in zip(own, full, strict=True)
+            for seed in mine.keys() & all_.keys()
         ]
-        differences = np.concatenate(pairs) if pairs else np.array([])
-        told = "" if name == "all_six" else _difference(differences)
-        lines.append([name, *(cell(values) for values in own), told])
+        told = "" if name == "all_six" else _difference(np.array(differences))
+        lines.append([name, *(cell(np.array(list(mine.values()))) for mine in own), told])
     heads = ["variant", *(f"{d} {b:.0%}" for d, b in cells), "more than all six"]
     return markdown(heads, lines)
 

@@ -1,15 +1,8 @@
 """Diversity (eq 9): how empty is the neighbourhood of a sample among those already selected?"""
 
-from typing import Protocol
-
 from torch import Tensor
 
-
-class Density(Protocol):
-    """A kernel density over the selected set; exact and hashed estimators have this interface."""
-
-    def log_density(self, queries: Tensor) -> Tensor:
-        """Logarithm of the mean kernel value of ``(n, d)`` queries, ``(n,)``."""
+from lightning_dvc.memory.density import Density
 
 
 def diversity(representations: Tensor, selected: Density) -> Tensor:

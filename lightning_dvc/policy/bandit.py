@@ -1,4 +1,4 @@
-"""Which source deserves the next candidates: an upper-confidence-bound bandit that forgets (5.5).
+"""Which source deserves the next candidates: a bandit of upper confidence bounds (5.5).
 
 The arms are the sources. A source's worth drifts while the model learns, hence the discount or the
 sliding window: Garivier and Moulines, "On upper-confidence bound policies for switching bandit

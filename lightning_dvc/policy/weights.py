@@ -20,7 +20,7 @@ from lightning_dvc.records import METRICS
 _LOGGER = logging.getLogger(__name__)
 
 DEFAULT_WEIGHTS: Final = {"quality": 0.3, "relevance": 0.7, "diversity": 0.1, "uncertainty": 1.0}
-"""No other weights measured better: ``python -m examples.ablation``."""
+"""No others measured better by more than chance (docs/results.md)."""
 
 _COLUMNS: Final = (*METRICS, "progress", "score")
 """The numbers of an observation."""

@@ -86,7 +86,7 @@ class DVC:
             least 0; each costs a copy of the trainable parameters and another forward pass of
             every candidate, but only where stability has a weight.
         take_back: Largest share of the selection that one round takes back, in ``[0, 1]``; from
-            round 3 on, and not in the last.
+            round 3 on, and not in the last unless ``refine`` goes on after it.
         disbelief_rate: Candidates whose targets the model finds implausible are passed over where
             their source has more of them than the held-out samples explain: of those passed over,
             the share that may be like held-out ones, in ``[0, 1]``; 0 for no such rule. Of fewer
@@ -98,10 +98,13 @@ class DVC:
             at least 1; infinite for no such rule.
         duplicate_angle: Largest angle in radians between the features of near-duplicates, of which
             one is kept, in ``[0, pi]``. Set aside while more than a fifth of the reference samples
-            seem to repeat each other, as in very few dimensions.
+            seem to repeat each other, as in very few dimensions. In the last round, and for the
+            least share of a source, the rules for classes, near-duplicates and disbelief give way
+            in this order where the quota would not be met otherwise.
         density: How the diversity metric estimates densities: ``"exact"``, or ``"lsh"``, which pays
             off for reservoirs of very many samples.
-        cache_bytes: Memory for what was captured of candidates, in case they are drawn again.
+        cache_bytes: Memory for what was captured of candidates, in case they are drawn again, at
+            least 0; above 0, a copy of the trainable parameters is kept too.
         cache_dtype: Floating type in which that is stored, as it came when not given.
         drift_tolerance: How far a layer's parameters may move, relative to their norm, before what
             was captured under them counts as outdated; at least 0.
@@ -377,6 +380,7 @@ class DVC:
         )
         places = this.group.first(found.positions, this.probe.device)
         figures = {f"passed_over/{rule}": float(n) for rule, n in found.passed_over.items()}
+        figures |= {f"relaxed/{rule}": float(n) for rule, n in found.relaxed.items()}
         figures["candidates"] = float(len(scores))
         raw = scores.rows(places).raw()
         return Choice(scores.ids[places], values[places], raw, weights, removed, figures), places

@@ -11,12 +11,16 @@ from torch import Tensor
 from lightning_dvc.capture.cached import CachedProbe
 from lightning_dvc.capture.probe import Captured
 from lightning_dvc.capture.snapshots import Snapshots
-from lightning_dvc.memory.density import ExactDensity, LSHDensity, median_bandwidth_squared
+from lightning_dvc.memory.density import (
+    Density,
+    ExactDensity,
+    LSHDensity,
+    median_bandwidth_squared,
+)
 from lightning_dvc.memory.gradient_cache import GradientCache
 from lightning_dvc.memory.history import SampleHistory
 from lightning_dvc.memory.near_duplicates import N_TABLES, NearDuplicates
 from lightning_dvc.memory.statistics import ExponentialMovingAverage, StreamingMedian
-from lightning_dvc.metrics.diversity import Density
 from lightning_dvc.metrics.relevance import ReferenceGradients, RelevanceReference
 from lightning_dvc.randomness import torch_stream
 from lightning_dvc.strategies.base import Round

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from lightning_dvc.capture.probe import Captured
 from lightning_dvc.distributed import Group
+from lightning_dvc.memory.density import Density
 from lightning_dvc.memory.near_duplicates import N_TABLES
-from lightning_dvc.metrics.diversity import Density, diversity
+from lightning_dvc.metrics.diversity import diversity
 from lightning_dvc.metrics.gradient_impact import gradient_impact
 from lightning_dvc.metrics.quality import quality
 from lightning_dvc.metrics.relevance import RelevanceReference

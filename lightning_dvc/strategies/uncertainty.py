@@ -26,7 +26,7 @@ class Uncertainty(Baseline):
     """
 
     def values(self, this: Round, candidates: Tensor, quota: int) -> tuple[Tensor, Tensor]:
-        """Entropy of each candidate's prediction over that of the uniform one, in ``[0, 1]``."""
+        """Entropy of each prediction over that of a uniform one, in ``[0, 1]``; or its variance."""
         ids, _, kept = look(this, candidates, _predictive)
         values = torch.cat(kept)
         if bool(values.isnan().any()):

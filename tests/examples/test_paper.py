@@ -10,7 +10,7 @@ import torch
 
 from examples import datasets
 from examples.paper import experiment, report, scale
-from examples.paper.__main__ import jobs_of
+from examples.paper.__main__ import jobs_of, main
 from examples.paper.experiment import BUDGETS, COLUMNS, N_VAL, Job, job_of
 from examples.paper.methods import METHODS, PARTS, REFERENCES
 from examples.runs import read_rows, run_all
@@ -78,6 +78,26 @@ def test_what_selects_once_begins_with_the_samples_that_it_was_trained_on():
     assert len(warm) == math.ceil(0.1 * 256)
 
 
+@pytest.mark.parametrize("table", ["table1", "table2", "table3"])
+def test_methods_that_a_table_does_not_have_are_refused(table, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["paper", table, "--methods", "DVC"])
+    with pytest.raises(SystemExit):
+        main()
+    assert f"expected methods of {table} among [" in capsys.readouterr().err
+
+
+def test_what_a_gpu_ran_is_kept_apart_from_what_a_cpu_did(tmp_path, monkeypatch, capsys):
+    job = next(scale.jobs_of([3000], [0]))
+    row = dict.fromkeys(scale.COLUMNS, "0.5") | {k: str(v) for k, v in job._asdict().items()}
+    lines = [",".join(scale.COLUMNS), ",".join(row.values())]
+    (tmp_path / "table3_gpu.csv").write_text("\n".join(lines) + "\n")
+    for accelerator, told in (("cpu", 0), ("gpu", 1)):
+        arguments = ["table3", "--only-report", "--accelerator", accelerator]
+        monkeypatch.setattr("sys.argv", ["paper", *arguments, "--folder", str(tmp_path)])
+        main()
+        assert capsys.readouterr().out.count("| 3000 | full |") == told
+
+
 def test_a_table_is_made_of_all_its_cells():
     jobs = list(jobs_of("table1", [0, 1], ["mnist", "wine"]))
     assert len(jobs) == len(set(jobs)) == 2 * 2 * (3 + 4 * 10)
@@ -140,6 +160,9 @@ def test_differences_of_metrics_are_taken_seed_by_seed():
         for seed in range(3):
             job = Job(name, "mnist", 0.2, N_VAL, seed)
             rows[job] = {"scratch_accuracy": str(0.9 + seed / 50 + gain)}
+    # Seeds that only one of them has, the first of one and the last of the other.
+    del rows[Job("all_six", "mnist", 0.2, N_VAL, 0)]
+    rows[Job("all_six", "mnist", 0.2, N_VAL, 3)] = {"scratch_accuracy": "0.1"}
     text = report.table2(rows)
     assert "| no_quality | 90.0 ± 2.0 | -2.00 ± 0.00 |" in text
 

@@ -129,6 +129,16 @@ def test_disbelieved_candidates_are_chosen_when_nothing_else_is_left():
     assert n_wrong > 30
 
 
+def test_only_the_last_round_lets_rules_go_and_it_tells():
+    strategy = DVC(temperature=100.0, take_back=0.0)
+    run = Run(strategy, {"good": good(200), "wrong": wrong(100)}, budget=280, steps=60)
+    *before, last = run.all()
+    for rule in ("class", "duplicate", "belief"):
+        assert all(choice.figures[f"relaxed/{rule}"] == 0 for choice in before)
+        assert last.figures[f"relaxed/{rule}"] <= last.figures[f"passed_over/{rule}"]
+    assert last.figures["relaxed/belief"] > 30
+
+
 def test_without_held_out_samples_nobody_is_disbelieved():
     """What stands in for them has been trained on: all others are less plausible."""
     strategy = DVC(temperature=100.0, take_back=0.0)
