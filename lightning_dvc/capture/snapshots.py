@@ -65,7 +65,7 @@ class Snapshots:
                 tensor.data = data[name]
 
     @torch.no_grad()
-    def drift(self, module: nn.Module, layers: Mapping[str, nn.Module]) -> Tensor:
+    def drift(self, layers: Mapping[str, nn.Module]) -> Tensor:
         """How far each layer has moved since the latest state, ``(L,)``.
 
         Returns:

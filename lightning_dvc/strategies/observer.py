@@ -247,7 +247,7 @@ class Observer:
 
     def _move_cache(self, this: Round) -> None:
         """Tell the cache how far the model has moved, and see whether entries live a round."""
-        drift = self._snapshots.drift(this.probe.module, this.probe.captured_layers)
+        drift = self._snapshots.drift(this.probe.captured_layers)
         self._cache.move(drift)
         self._cache_pays = self._settings.cache_bytes > 0 and bool(
             (drift <= self._settings.drift_tolerance).all()

@@ -64,7 +64,7 @@ def test_drift_in_half_precision_is_that_in_single():
         snapshots.push(moved)
         with torch.no_grad():
             moved.weight.mul_(1.0625)
-        drifts.append(snapshots.drift(moved, {"": moved}).item())
+        drifts.append(snapshots.drift({"": moved}).item())
     assert drifts == pytest.approx([0.0625] * 3, rel=1e-2)
 
 
@@ -79,11 +79,11 @@ def test_frozen_parameters_are_not_copied():
 def test_drift_is_relative_to_the_last_state_and_layer_by_layer():
     net, snapshots = Net(), Snapshots(window=3)
     layers = {"a": net.a, "b": net.b}
-    assert snapshots.drift(net, layers).tolist() == [torch.inf, torch.inf]
+    assert snapshots.drift(layers).tolist() == [torch.inf, torch.inf]
     snapshots.push(net)
     size = sum(float(p.detach().square().sum()) for p in net.a.parameters()) ** 0.5
     move(net, by=0.5)
-    drift = snapshots.drift(net, layers)
+    drift = snapshots.drift(layers)
     assert drift.tolist() == pytest.approx([0.5 * 12**0.5 / size, 0.0])
 
 
