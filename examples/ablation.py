@@ -233,12 +233,12 @@ def _difference(
     found: Mapping[tuple[str, float, int], tuple[float, float]],
     usual: Mapping[tuple[str, float, int], tuple[float, float]],
 ) -> str:
-    """Mean difference of two variants over the seeds that both have."""
-    runs = [found, usual]
-    seeds = sorted(set.intersection(*({run[2] for run in each} for each in runs)))
+    """Mean difference of two variants, seed by seed, over the runs that both have."""
+    runs = found.keys() & usual.keys()
+    seeds = sorted({run[2] for run in runs})
     both = [
-        [_share([v for run, v in each.items() if run[2] == seed]) for seed in seeds]
-        for each in runs
+        [_share([each[run] for run in runs if run[2] == seed]) for seed in seeds]
+        for each in (found, usual)
     ]
     if found is usual or len(seeds) < 2:
         return ""

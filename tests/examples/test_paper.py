@@ -8,7 +8,7 @@ import pytest
 import sklearn.datasets
 import torch
 
-from examples import datasets
+from examples import ablation, datasets
 from examples.paper import experiment, report, scale
 from examples.paper.__main__ import jobs_of, main
 from examples.paper.experiment import BUDGETS, COLUMNS, N_VAL, Job, job_of
@@ -165,6 +165,22 @@ def test_differences_of_metrics_are_taken_seed_by_seed():
     rows[Job("all_six", "mnist", 0.2, N_VAL, 3)] = {"scratch_accuracy": "0.1"}
     text = report.table2(rows)
     assert "| no_quality | 90.0 ± 2.0 | -2.00 ± 0.00 |" in text
+
+
+def test_differences_of_variants_are_over_the_runs_that_both_have():
+    done = {}
+    for seed, dataset, (name, gain) in product(
+        range(3), ("mnist", "wine"), (("random", 0.0), ("clean", 0.2), ("defaults", 0.1))
+    ):
+        done[ablation.Job(name, dataset, 0.1, 500, seed)] = ablation.Row(0.5 + gain)
+        done[ablation.Job("no take-back", dataset, 0.1, 500, seed)] = ablation.Row(0.58)
+    # A run and a seed that only one has, in which it is perfect.
+    done[ablation.Job("no take-back", "mnist", 0.1, 500, 0)] = ablation.Row(0.7)
+    del done[ablation.Job("defaults", "mnist", 0.1, 500, 0)]
+    for name, accuracy in (("random", 0.5), ("clean", 0.7), ("no take-back", 0.7)):
+        done[ablation.Job(name, "mnist", 0.1, 500, 3)] = ablation.Row(accuracy)
+    (line,) = (line for line in ablation.table(done).split("\n") if "no take-back" in line)
+    assert line.endswith("| -10% ± 0% |")
 
 
 def test_the_proxy_is_smaller_than_what_it_selects_for():
