@@ -1,7 +1,6 @@
 """Scoring a batch of candidates beside a training step on the same batch."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -19,7 +18,7 @@ from lightning_dvc.capture.snapshots import Snapshots
 from lightning_dvc.memory.density import ExactDensity, median_bandwidth_squared
 from lightning_dvc.memory.gradient_cache import GradientCache
 from lightning_dvc.memory.near_duplicates import N_TABLES, NearDuplicates
-from lightning_dvc.metrics.relevance import ReferenceGradients
+from lightning_dvc.metrics.reference import ReferenceGradients
 from lightning_dvc.policy.weights import DEFAULT_WEIGHTS, FixedWeights
 from lightning_dvc.records import METRICS
 from lightning_dvc.strategies.observer import DENSITY_SIZE
@@ -74,15 +73,12 @@ class Bench:
         self, captured: Captured, needs: frozenset[str], rewards: ArmRewards | None = None
     ) -> Scores:
         """What comes after the pass through the model."""
-        standards = self.standards
-        if "gradient_impact" not in needs:
-            standards = [replace(std, momentum=None) for std in standards]
         arms = torch.zeros_like(captured.ids)
-        return score(captured, standards, self._codes, arms, needs=needs, rewards=rewards)
+        return score(captured, self.standards, self._codes, arms, needs=needs, rewards=rewards)
 
     def candidates(self) -> None:
         """Everything that a run with the defaults does with a batch of candidates."""
-        rewards = ArmRewards(1, [std.relevance.overall for std in self.standards])
+        rewards = ArmRewards(1, [std.reference.overall for std in self.standards])
         with undisturbed(self.module):
             for captured in self.probe.look(self.loaded):
                 self._near.codes(captured.fingerprints)
@@ -104,7 +100,7 @@ class Bench:
             bandwidth = median_bandwidth_squared(points, torch.Generator().manual_seed(0))
             density = ExactDensity(points, bandwidth)
             median, mad = float(norms.median()), float((norms - norms.median()).abs().median())
-            found.append(LayerStandards(median, mad, means, density, means.overall))
+            found.append(LayerStandards(median, mad, means, density))
         return found
 
 
@@ -144,7 +140,7 @@ def _cache_hits(name: str, bench: Bench) -> Iterator[Figure]:
 
 
 def vmapped(bench: Bench) -> list[Tensor]:
-    """Norms, and products with the class mean and the momentum, from formed gradients."""
+    """Norms, and products with the class means and the mean over all, from formed gradients."""
     net = bench.module.net
     parameters = {name: p.detach() for name, p in net.named_parameters()}
 
@@ -159,7 +155,7 @@ def vmapped(bench: Bench) -> list[Tensor]:
     for number, std in enumerate(bench.standards):
         weight, bias = grads[f"{2 * number}.weight"], grads[f"{2 * number}.bias"]
         full = torch.cat([weight, bias[:, :, None]], dim=2).flatten(1)
-        found += [full.norm(dim=1), full @ std.relevance.overall.flatten()]
+        found += [full.norm(dim=1), full @ std.reference.overall.flatten()]
         for label in range(int(bench.y.max()) + 1):
-            found.append(full[bench.y == label] @ std.relevance.overall.flatten())
+            found.append(full[bench.y == label] @ std.reference.overall.flatten())
     return found

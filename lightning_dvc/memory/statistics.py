@@ -104,67 +104,6 @@ class Welford:
         self._deviations = state["deviations"].to("cpu", copy=True)
 
 
-class ExponentialMovingAverage:
-    """Bias-corrected exponential moving average of a tensor.
-
-    ``m_t = decay m_{t-1} + (1 - decay) v_t``, ``value = m_t / (1 - decay^t)`` (Kingma and Ba,
-    "Adam", ICLR 2015, algorithm 1): the weights of the values seen add up to 1 from the first on.
-    The average lives on the device of the values, in their dtype but in float32 at least.
-
-    Args:
-        decay: Weight of the past, in ``[0, 1)``; 0 keeps the last value only.
-
-    Raises:
-        ConfigurationError: If ``decay`` is outside that range.
-
-    Example:
-        >>> average = ExponentialMovingAverage(decay=0.5)
-        >>> average.update(torch.tensor([4.0]))
-        >>> average.update(torch.tensor([1.0]))
-        >>> average.value  # (0.25 * 4 + 0.5 * 1) / 0.75
-        tensor([2.])
-    """
-
-    def __init__(self, decay: float) -> None:
-        if not 0 <= decay < 1:
-            raise ConfigurationError(f"decay must be in [0, 1), but got {decay}; 0.9 is usual")
-        self.decay = decay
-        self.count = 0
-        self._average = torch.zeros(())
-
-    @property
-    def value(self) -> Tensor:
-        """The average, of the shape of the values; StateError before the first value."""
-        return _seen(self.count, self._average) / (1 - self.decay**self.count)
-
-    def update(self, value: Tensor) -> None:
-        """Take in the next value.
-
-        Args:
-            value: Tensor of any shape, the same each time.
-
-        Raises:
-            ConfigurationError: If the shape differs from the one before.
-        """
-        if self.count and value.shape != self._average.shape:
-            raise ConfigurationError(
-                f"expected a value of shape {tuple(self._average.shape)} as before, but got "
-                f"{tuple(value.shape)}; use one average for each shape"
-            )
-        value = value.detach().to(torch.promote_types(value.dtype, torch.float32))
-        self._average = self.decay * self._average.to(value) + (1 - self.decay) * value
-        self.count += 1
-
-    def state_dict(self) -> dict[str, Any]:
-        """Count and uncorrected average."""
-        return {"count": self.count, "average": self._average}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a saved state; the decay stays this object's own."""
-        self.count = state["count"]
-        self._average = state["average"].clone()
-
-
 class StreamingMedian:
     """Median and median absolute deviation of the last values of a stream.
 

@@ -19,7 +19,13 @@ from lightning_dvc.records import METRICS
 
 _LOGGER = logging.getLogger(__name__)
 
-DEFAULT_WEIGHTS: Final = {"quality": 0.3, "relevance": 0.7, "diversity": 0.1, "uncertainty": 1.0}
+DEFAULT_WEIGHTS: Final = {
+    "quality": 0.3,
+    "relevance": 0.7,
+    "diversity": 0.1,
+    "gradient_impact": 0.3,
+    "uncertainty": 1.0,
+}
 """No others measured better by more than chance (docs/results.md)."""
 
 _COLUMNS: Final = (*METRICS, "progress", "score")
@@ -406,7 +412,9 @@ class _Clock:
 
 
 def trusted(weights: Tensor, held_out: float) -> Tensor:
-    """Let relevance count as much as the reference that it is measured against is to be trusted.
+    """Let what is measured against the reference count as much as that is to be trusted.
+
+    That is relevance and gradient impact.
 
     Measured without any held-out samples (10% of MNIST, Fashion-MNIST and Adult, one seed): between
     random and clean-only selection 47%, 64% and 110% of the way with relevance, and 91%, 88% and
@@ -425,7 +433,8 @@ def trusted(weights: Tensor, held_out: float) -> Tensor:
         [0.0, 0.0, 0.0, 0.0, 1.0, 0.0]
     """
     scaled = weights.clone()
-    scaled[METRICS.index("relevance")] *= held_out
+    for metric in ("relevance", "gradient_impact"):
+        scaled[METRICS.index(metric)] *= held_out
     total = scaled.sum()
     return scaled / total if total > 0 else weights
 

@@ -41,9 +41,9 @@ class DVC:
     """Chooses by data value contribution (arXiv 2510.21286).
 
     Held-out samples are what candidates are compared with. Where there are few, selected samples
-    stand beside them in the reference, and where there are none, in their place. Relevance then
-    counts less, by the share of held-out samples in the reference: a selection that has yet to
-    become good is nothing to agree with.
+    stand beside them in the reference, and where there are none, in their place. Relevance and
+    gradient impact then count less, by the share of held-out samples in the reference: a selection
+    that has yet to become good is nothing to agree with.
 
     Where sources have unequal :attr:`~lightning_dvc.pools.Source.cost`, the bandit divides the
     candidates by worth per cost. Worth is how far the mean reward is above that of a source of no
@@ -72,14 +72,14 @@ class DVC:
         refine: Whether to go on after the budget is full, taking back what the model has come to
             disbelieve and filling up with better, never beyond the budget.
         reference_size: Held-out samples that candidates are compared with, drawn once, at least 1.
-        class_relevance: Whether relevance compares a sample with the reference samples of its own
-            class, rather than with all of them, as equation 8 can also be read.
+        class_relevance: Whether relevance and gradient impact compare a sample with the reference
+            samples of its own class, rather than with all of them, as equation 8 can also be read.
         blend: As how many reference samples the selected ones count together, at least 0, and each
             as one at most: they stand beside the held-out ones, in mean gradients and in the label
             mix, while there are fewer than twice as many of these.
         reservoir_size: Selected samples that stand for the selection, drawn afresh each round, at
-            least 1: for the training gradient of gradient impact, as the reference where there is
-            no other, and for diversity (with the exact density at most 256 of them).
+            least 1: as the reference where there is no other, and for diversity (with the exact
+            density at most 256 of them).
         review_size: Selected samples looked at each round to see whether the model still believes
             their labels, at least 1.
         stability_window: Earlier model states kept for the stability metric and the review, at

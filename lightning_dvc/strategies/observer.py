@@ -20,13 +20,12 @@ from lightning_dvc.memory.density import (
 from lightning_dvc.memory.gradient_cache import GradientCache
 from lightning_dvc.memory.history import SampleHistory
 from lightning_dvc.memory.near_duplicates import N_TABLES, NearDuplicates
-from lightning_dvc.memory.statistics import ExponentialMovingAverage, StreamingMedian
-from lightning_dvc.metrics.relevance import ReferenceGradients, RelevanceReference
+from lightning_dvc.memory.statistics import StreamingMedian
+from lightning_dvc.metrics.reference import MeanGradients, ReferenceGradients
 from lightning_dvc.randomness import torch_stream
 from lightning_dvc.strategies.base import Round
 from lightning_dvc.strategies.scoring import LayerStandards, Scores
 
-_MOMENTUM_DECAY: Final = 0.9
 # Norms of the last round or so: older ones belong to a model that is gone.
 _NORM_WINDOW: Final = 1024
 # Multiples of the blend. With 50 held-out samples a blend of 50 gains, with 150 or 200 it does not
@@ -101,7 +100,6 @@ class Observer:
             settings.cache_bytes, settings.cache_dtype, settings.drift_tolerance
         )
         self._norms: list[StreamingMedian] = []
-        self._momentum: list[ExponentialMovingAverage] = []
         self._parts: tuple[SampleHistory, SampleHistory, NearDuplicates] | None = None
         # What was loaded and not yet taken up, for lack of the sizes that a round brings.
         self._saved: Mapping[str, Any] | None = None
@@ -143,7 +141,7 @@ class Observer:
         else:
             means = [layer.means() for layer in gradients]
         return Examined(
-            self._standards(reference, reservoir, means, training, this.seed),
+            self._standards(reference, reservoir, means, this.seed),
             [layer.overall for layer in means],
             labels,
             self._trust,
@@ -202,7 +200,6 @@ class Observer:
             "snapshots": self._snapshots.state_dict(),
             "cache": self._cache.state_dict(),
             "norms": [norms.state_dict() for norms in self._norms],
-            "momentum": [average.state_dict() for average in self._momentum],
             "parts": [part.state_dict() for part in self._parts or ()],
         }
 
@@ -233,8 +230,6 @@ class Observer:
         self._make_layers(len(state["norms"]))
         for norms, saved in zip(self._norms, state["norms"], strict=True):
             norms.load_state_dict(saved)
-        for average, saved in zip(self._momentum, state["momentum"], strict=True):
-            average.load_state_dict(saved)
         if state["parts"]:
             for history, saved in zip(self._ready[:2], state["parts"][:2], strict=True):
                 history.load_state_dict(saved)
@@ -243,7 +238,6 @@ class Observer:
     def _make_layers(self, n_layers: int) -> None:
         if not self._norms:
             self._norms = [StreamingMedian(_NORM_WINDOW) for _ in range(n_layers)]
-            self._momentum = [ExponentialMovingAverage(_MOMENTUM_DECAY) for _ in range(n_layers)]
 
     def _move_cache(self, this: Round) -> None:
         """Tell the cache how far the model has moved, and see whether entries live a round."""
@@ -276,10 +270,8 @@ class Observer:
         ids = this.some(this.selected, sizes.reservoir_size, "reservoir")
         gradients: list[ReferenceGradients] = []
         stands_in = this.reference is None or self._blends(this)
-        by_label = stands_in and sizes.class_relevance
-        take = partial(_take, gradients, by_label=by_label)
-        wanted = stands_in or "gradient_impact" in self._needs
-        reservoir = this.probe.capture_all(this.pools.dataset, ids, take if wanted else None)
+        take = partial(_take, gradients, by_label=sizes.class_relevance)
+        reservoir = this.probe.capture_all(this.pools.dataset, ids, take if stands_in else None)
         others = this.selected[~torch.isin(this.selected, ids)]
         others = this.some(others, sizes.review_size, "review")
         mine = this.group.shard(others, this.probe.batch_size)
@@ -314,8 +306,7 @@ class Observer:
         self,
         reference: Captured,
         reservoir: Captured,
-        means: list[RelevanceReference],
-        training: list[ReferenceGradients],
+        means: list[MeanGradients],
         seed: int,
     ) -> list[LayerStandards]:
         self._make_layers(len(means))
@@ -328,18 +319,9 @@ class Observer:
                     norms.mad,
                     means[number],
                     self._density(reservoir.representations[number], seed),
-                    self._mean_training_gradient(number, training),
                 )
             )
         return found
-
-    def _mean_training_gradient(
-        self, layer: int, training: list[ReferenceGradients]
-    ) -> Tensor | None:
-        if "gradient_impact" not in self._needs:
-            return None
-        self._momentum[layer].update(training[layer].means().overall)
-        return self._momentum[layer].value
 
     def _density(self, points: Tensor, seed: int) -> Density | None:
         if "diversity" not in self._needs:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_dvc.capture.gradients import LayerGradients
 from lightning_dvc.distributed import Group
-from lightning_dvc.metrics.relevance import runs
+from lightning_dvc.metrics.reference import runs
 
 Reward = Literal["alignment", "value", "acceptance", "gain"]
 REWARDS: Final = ("alignment", "value", "acceptance", "gain")

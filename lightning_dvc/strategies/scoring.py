@@ -13,7 +13,8 @@ from lightning_dvc.memory.near_duplicates import N_TABLES
 from lightning_dvc.metrics.diversity import diversity
 from lightning_dvc.metrics.gradient_impact import gradient_impact
 from lightning_dvc.metrics.quality import quality
-from lightning_dvc.metrics.relevance import RelevanceReference
+from lightning_dvc.metrics.reference import MeanGradients
+from lightning_dvc.metrics.relevance import relevance
 from lightning_dvc.metrics.stability import stability
 from lightning_dvc.metrics.uncertainty import spread, uncertainty
 from lightning_dvc.metrics.value import dvc_value, rank_normalise
@@ -28,17 +29,14 @@ class LayerStandards:
     Attributes:
         median: Median norm of the reference representations.
         mad: Median absolute deviation of those norms.
-        relevance: Mean reference gradients, by class.
+        reference: Mean reference gradients, by class, for relevance and gradient impact.
         selected: Density of the selected samples' representations, for diversity.
-        momentum: Moving average of the mean training gradient, a full gradient, for gradient
-            impact.
     """
 
     median: float
     mad: float
-    relevance: RelevanceReference
+    reference: MeanGradients
     selected: Density | None
-    momentum: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -147,19 +145,18 @@ def score(
     Returns:
         The raw metrics, in float32.
     """
-    relevances, products = _ask_gradients(captured, standards, arms, needs, rewards)
+    relevances, impact = _ask_gradients(captured, standards, arms, needs, rewards)
     missing = torch.full_like(captured.losses[:, 0], torch.nan)
     layer_metrics = [
         [
             quality(h, std.median, std.mad) if "quality" in needs else missing,
-            found if "relevance" in needs else missing,
+            found,
             diversity(h, std.selected) if std.selected is not None else missing,
         ]
         for h, found, std in zip(captured.representations, relevances, standards, strict=True)
     ]
-    momentum = [std.momentum for std in standards if std.momentum is not None]
     global_metrics = [
-        gradient_impact(products, momentum) if momentum else missing,
+        impact,
         _uncertainty(captured) if "uncertainty" in needs else missing,
         stability(captured.losses) if "stability" in needs else missing,
     ]
@@ -180,29 +177,34 @@ def _ask_gradients(
     needs: Set[str],
     rewards: ArmRewards | None,
 ) -> tuple[list[Tensor], Tensor]:
-    """Relevance of each layer, and the ``(n, L)`` products with the momentum.
+    """Relevance of each layer, and gradient impact; NaN where not needed.
 
     Everything is asked of one part of the samples before the next, while it is in the cache.
     """
-    labels, relevances = captured.labels, []
-    momenta = captured.losses.new_zeros(len(captured), len(standards))
+    labels, relevances, products, lengths = captured.labels, [], [], []
+    compared = not needs.isdisjoint({"relevance", "gradient_impact"})
     # Samples of one source, and in it of one class, follow each other.
-    order = (arms * (len(standards[0].relevance.column) + 1) + labels).argsort(stable=True)
+    order = (arms * (len(standards[0].reference.column) + 1) + labels).argsort(stable=True)
     for number, (layer, std) in enumerate(zip(captured.gradients, standards, strict=True)):
-        columns = std.relevance.columns(labels)
-        squared, products = (layer.like.new_zeros(len(captured)) for _ in range(2))
+        columns = std.reference.columns(labels)
+        product, squared = (layer.like.new_full((len(captured),), torch.nan) for _ in range(2))
         for rows, part in layer.parts(order=order):
+            if compared:
+                product[rows] = std.reference.products(part, columns[rows])
             if "relevance" in needs:
                 squared[rows] = part.squared_norms()
-                products[rows] = std.relevance.products(part, columns[rows])
-            if std.momentum is not None:
-                momenta[rows, number] = part.dot(std.momentum).to(momenta)
             if rewards is not None:
                 rewards.add(number, part, arms[rows])
-        relevances.append(std.relevance.cosines(products, squared, columns).float())
+        length = std.reference.norms(columns)
+        relevances.append(relevance(product, squared, length).float())
+        products.append(product.to(captured.losses))
+        lengths.append(length.to(captured.losses))
     if rewards is not None:
         rewards.close(arms)
-    return relevances, momenta
+    impact = torch.full_like(products[0], torch.nan)
+    if "gradient_impact" in needs:
+        impact = gradient_impact(torch.stack(products, dim=1), torch.stack(lengths, dim=1))
+    return relevances, impact
 
 
 def _uncertainty(captured: Captured) -> Tensor:

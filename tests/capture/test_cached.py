@@ -16,7 +16,7 @@ from lightning_dvc.capture.snapshots import Snapshots
 from lightning_dvc.distributed import Group
 from lightning_dvc.memory.density import ExactDensity
 from lightning_dvc.memory.gradient_cache import GradientCache
-from lightning_dvc.metrics.relevance import ReferenceGradients
+from lightning_dvc.metrics.reference import ReferenceGradients
 from lightning_dvc.records import METRICS
 from lightning_dvc.strategies.rewards import ArmRewards
 from lightning_dvc.strategies.scoring import LayerStandards, join_scores, score
@@ -176,13 +176,12 @@ def standards_of(parts):
         reference = ReferenceGradients()
         for part in parts:
             reference.add(part.gradients[number], part.labels)
-        means = reference.means()
-        found.append(LayerStandards(1.0, 0.5, means, ExactDensity(h, 0.3), means.overall))
+        found.append(LayerStandards(1.0, 0.5, reference.means(), ExactDensity(h, 0.3)))
     return found
 
 
 def scores_and_rewards(parts, standards):
-    rewards, found = ArmRewards(2, [std.momentum for std in standards]), []
+    rewards, found = ArmRewards(2, [std.reference.overall for std in standards]), []
     for part in parts:
         codes, arms = part.ids[:, None].expand(-1, 16), part.ids % 2
         found.append(score(part, standards, codes, arms, needs=set(METRICS), rewards=rewards))

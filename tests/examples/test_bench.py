@@ -65,7 +65,7 @@ def test_what_vmap_forms_is_what_is_asked_of_the_factors():
     for number, layer in enumerate(captured.gradients):
         norms = found[number * per_layer]
         torch.testing.assert_close(layer.squared_norms().sqrt(), norms, rtol=1e-3, atol=1e-6)
-        overall = bench.standards[number].relevance.overall
+        overall = bench.standards[number].reference.overall
         torch.testing.assert_close(
             layer.dot(overall), found[number * per_layer + 1], rtol=1e-3, atol=1e-6
         )

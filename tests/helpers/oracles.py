@@ -202,13 +202,20 @@ def quality(h, middle, mad):
     return 1 - abs(2 * activation_score(h, middle, mad) - 1)
 
 
-def relevance(g, label, reference, reference_labels, minimum=3):
-    """Equation 8: cosine with the mean reference gradient of the label; of all without labels."""
+def class_mean(label, reference, reference_labels, minimum=3):
+    """The mean reference gradient of the label, of all without labels; None of too few."""
     own = [r for r, at in zip(reference, reference_labels, strict=True) if at == label]
     by_class = label >= 0 and max(reference_labels) >= 0
     if by_class and len(own) < minimum:
+        return None
+    return mean(own if by_class else list(reference))
+
+
+def relevance(g, label, reference, reference_labels):
+    """Equation 8: cosine with the mean reference gradient of the label."""
+    target = class_mean(label, reference, reference_labels)
+    if target is None:
         return math.nan
-    target = mean(own if by_class else list(reference))
     lengths = norm(g) * norm(target)
     return inner(g, target) / lengths if lengths else 0.0
 
@@ -225,12 +232,15 @@ def diversity(h, selected, bandwidth_squared):
 # --- metrics of the whole network --------------------------------------------------------------
 
 
-def gradient_impact(layers, momentum):
-    """Equation 11, from one sample's full gradient in each layer."""
-    length = math.sqrt(math.fsum(inner(m, m) for m in momentum))
+def gradient_impact(layers, label, reference, reference_labels):
+    """Equation 11, from full gradients: one of each layer, and of each layer the reference's."""
+    targets = [class_mean(label, layer, reference_labels) for layer in reference]
+    if any(target is None for target in targets):
+        return math.nan
+    length = math.sqrt(math.fsum(inner(m, m) for m in targets))
     if length == 0:
         return 0.0
-    return math.fsum(inner(g, m) for g, m in zip(layers, momentum, strict=True)) / length
+    return math.fsum(inner(g, m) for g, m in zip(layers, targets, strict=True)) / length
 
 
 def entropy(shares):

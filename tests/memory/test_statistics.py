@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_dvc.errors import ConfigurationError, StateError
-from lightning_dvc.memory.statistics import ExponentialMovingAverage, StreamingMedian, Welford
+from lightning_dvc.memory.statistics import StreamingMedian, Welford
 
 VALUE = st.floats(-1e6, 1e6, width=32)
 BATCHES = st.lists(st.lists(VALUE, max_size=9), max_size=6)
@@ -95,57 +95,6 @@ def test_welford_refuses_other_shapes():
         statistic.load_state_dict(Welford((2,)).state_dict())
 
 
-@settings(deadline=None, max_examples=100)
-@given(st.floats(0, 0.999), st.lists(VALUE, min_size=1, max_size=12), st.integers(0, 12))
-def test_moving_average_is_the_weighted_mean_also_across_a_reload(decay, values, reload_at):
-    average = ExponentialMovingAverage(decay)
-    for number, value in enumerate(values):
-        if number == reload_at:
-            state = saved_and_loaded(average.state_dict())
-            average = ExponentialMovingAverage(decay)
-            average.load_state_dict(state)
-        average.update(torch.tensor([value, -value], dtype=torch.float64))
-    weights = [decay**age for age in reversed(range(len(values)))]
-    expected = np.dot(weights, values) / sum(weights)
-    tolerance = 1e-10 * (1 + max(map(abs, values)))
-    assert average.value.tolist() == pytest.approx([expected, -expected], abs=tolerance)
-
-
-def test_moving_average_of_half_precision_is_kept_in_single():
-    average = ExponentialMovingAverage(0.999)
-    for _ in range(3):
-        average.update(torch.full((2,), 3.0, dtype=torch.float16))
-    assert average.value.dtype == torch.float32
-    torch.testing.assert_close(average.value, torch.full((2,), 3.0), rtol=1e-4, atol=0)
-
-
-def test_moving_average_does_not_follow_later_changes_of_a_value():
-    value = torch.ones(2)
-    average = ExponentialMovingAverage(0.0)
-    average.update(value)
-    value.zero_()
-    assert average.value.tolist() == [1.0, 1.0]
-
-
-def test_moving_average_keeps_no_graph():
-    average = ExponentialMovingAverage(0.5)
-    average.update(torch.ones(1, requires_grad=True) * 2)
-    assert not average.value.requires_grad
-
-
-def test_moving_average_refuses_another_shape():
-    average = ExponentialMovingAverage(0.5)
-    average.update(torch.ones(3))
-    with pytest.raises(ConfigurationError, match=r"\(3,\) as before"):
-        average.update(torch.ones(1))
-
-
-@pytest.mark.parametrize("decay", [-0.1, 1.0, float("nan")])
-def test_moving_average_refuses_a_decay_out_of_range(decay):
-    with pytest.raises(ConfigurationError, match="decay"):
-        ExponentialMovingAverage(decay)
-
-
 def check_median(statistic, values):
     assert len(statistic) == len(values)
     if values:
@@ -210,7 +159,6 @@ def test_median_refuses_an_empty_window():
     [
         lambda: Welford((2,)).mean,
         lambda: Welford((2,)).variance,
-        lambda: ExponentialMovingAverage(0.9).value,
         lambda: StreamingMedian().median,
         lambda: StreamingMedian().mad,
     ],

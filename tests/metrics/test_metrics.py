@@ -17,7 +17,8 @@ from lightning_dvc.memory.density import ExactDensity
 from lightning_dvc.metrics.diversity import diversity
 from lightning_dvc.metrics.gradient_impact import gradient_impact
 from lightning_dvc.metrics.quality import activation_score, quality
-from lightning_dvc.metrics.relevance import ReferenceGradients, relevance
+from lightning_dvc.metrics.reference import ReferenceGradients
+from lightning_dvc.metrics.relevance import relevance
 from lightning_dvc.metrics.stability import stability
 from lightning_dvc.metrics.uncertainty import activation_entropy, spread, uncertainty
 from lightning_dvc.metrics.value import dvc_value, rank_normalise
@@ -82,8 +83,22 @@ def taken_in(gradients, labels, batch_size=4):
     return reference.means()
 
 
-def products(gradients, momentum):
-    return torch.stack([g.dot(m) for g, m in zip(gradients, momentum, strict=True)], dim=1)
+def compared(gradients, labels, reference):
+    """Products with the mean gradients of the labels, and the lengths of these."""
+    columns = reference.columns(labels)
+    return reference.products(gradients, columns), reference.norms(columns)
+
+
+def relevance_of(gradients, labels, reference):
+    products, lengths = compared(gradients, labels, reference)
+    return relevance(products, gradients.squared_norms(), lengths)
+
+
+def impact_of(layers, labels, references):
+    pairs = [
+        compared(*each) for each in zip(layers, [labels] * len(layers), references, strict=True)
+    ]
+    return gradient_impact(*(torch.stack(each, dim=1) for each in zip(*pairs, strict=True)))
 
 
 def rows(tensors, i):
@@ -148,7 +163,7 @@ def test_relevance_of_captured_gradients(layer, reference, data):
     m = len(reference)
     batch_size = data.draw(st.integers(1, 9))
     prepared = taken_in(theirs.gradients[layer].rows(torch.arange(m)), reference, batch_size)
-    found = relevance(ours.gradients[layer], torch.tensor(labels), prepared)
+    found = relevance_of(ours.gradients[layer], torch.tensor(labels), prepared)
     near(
         found,
         [
@@ -164,7 +179,7 @@ def test_relevance_against_the_own_class_and_against_all_differ(layer):
     ours, theirs = seen(6, 1), seen(9, 2)
     by_class = taken_in(theirs.gradients[layer], theirs.labels)
     overall = taken_in(theirs.gradients[layer], torch.full((9,), -1))
-    found = [relevance(ours.gradients[layer], ours.labels, r) for r in (by_class, overall)]
+    found = [relevance_of(ours.gradients[layer], ours.labels, r) for r in (by_class, overall)]
     assert (found[0] - found[1]).abs().min() > 1e-3
 
 
@@ -174,7 +189,7 @@ def test_two_reference_samples_are_too_few_and_three_are_enough(layer):
     labels = torch.zeros(6, dtype=torch.int64)
     few = theirs.gradients[layer].rows(torch.arange(5))
     two, three = (
-        relevance(ours.gradients[layer], labels, taken_in(few, torch.tensor(at)))
+        relevance_of(ours.gradients[layer], labels, taken_in(few, torch.tensor(at)))
         for at in ([0, 0, 1, 1, 1], [0, 0, 0, 1, 1])
     )
     assert two.isnan().all()
@@ -195,15 +210,15 @@ def integer_gradients(rows):
 def test_relevance_is_zero_where_a_gradient_vanishes():
     g = integer_gradients([[0, 0], [1, 2]])
     one = taken_in(integer_gradients([[1, 2]] * 3), torch.tensor([0, 0, 0]))
-    near(relevance(g, torch.tensor([0, 0]), one), [0.0, 1.0])
+    near(relevance_of(g, torch.tensor([0, 0]), one), [0.0, 1.0])
     # Class 0 cancels out, class 1 does not.
     apart = integer_gradients([[1, 2], [-1, -2], [1, 2], [-1, -2], *[[2, 4]] * 3])
     both = taken_in(apart, torch.tensor([0, 0, 0, 0, 1, 1, 1]))
-    assert relevance(g, torch.tensor([0, 0]), both).tolist() == [0, 0]
-    near(relevance(g, torch.tensor([1, 1]), both), [0.0, 1.0])
+    assert relevance_of(g, torch.tensor([0, 0]), both).tolist() == [0, 0]
+    near(relevance_of(g, torch.tensor([1, 1]), both), [0.0, 1.0])
     silent = OuterProducts(normal(4, 2, 3), torch.zeros(4, 2, 5, dtype=torch.float64), True)
     labels = torch.tensor([0, 0, 0, -1])
-    assert not relevance(silent, labels, taken_in(silent, labels)).any()
+    assert not relevance_of(silent, labels, taken_in(silent, labels)).any()
 
 
 def test_relevance_of_a_single_sample_to_itself():
@@ -211,7 +226,7 @@ def test_relevance_of_a_single_sample_to_itself():
         one = g.rows(torch.tensor([4]))
         reference = taken_in(one, torch.tensor([-1]))
         for label in (-1, 0):  # without classes in the reference, the class does not matter
-            near(relevance(one, torch.tensor([label]), reference), [1.0])
+            near(relevance_of(one, torch.tensor([label]), reference), [1.0])
 
 
 @settings(deadline=None, max_examples=20)
@@ -220,7 +235,7 @@ def test_relevance_does_not_depend_on_the_size_of_the_loss(ours, theirs):
     a, b = seen(6, 1), seen(9, 2)
     for layer, (g, r) in enumerate(zip(a.gradients, b.gradients, strict=True)):
         scaled = [scale(g, 10.0**ours), scale(r, 10.0**theirs)]
-        found = relevance(scaled[0], a.labels, taken_in(scaled[1], b.labels))
+        found = relevance_of(scaled[0], a.labels, taken_in(scaled[1], b.labels))
         near(
             found,
             [
@@ -264,14 +279,14 @@ def test_relevance_by_inner_products_is_that_of_formed_means(sets, batch_size):
     (reference, at), (gradients, labels) = sets
     kept = taken_in(reference, at, batch_size)
     formed = taken_in(reference.formed(), at, batch_size)
-    found = relevance(gradients, labels, kept)
+    found = relevance_of(gradients, labels, kept)
     full = [g.formed().gradients for g in (reference, gradients)]
     slow = [
         oracles.relevance(g, int(label), full[0], at.tolist())
         for g, label in zip(full[1], labels, strict=True)
     ]
     near(found, slow)
-    near(relevance(gradients.formed(), labels, formed), slow)
+    near(relevance_of(gradients.formed(), labels, formed), slow)
     assert kept.column.tolist() == formed.column.tolist()
     size = full[0][0].numel()
     longest = max(oracles.norm(g) for g in full[0])
@@ -296,7 +311,7 @@ def test_a_reference_whose_batches_differ_in_positions(order):
     reference = ReferenceGradients()
     for part in parts:
         reference.add(part, labels)
-    found = relevance(parts[0], labels, reference.means())
+    found = relevance_of(parts[0], labels, reference.means())
     full = torch.cat([part.formed().gradients for part in parts])
     at = labels.repeat(3).tolist()
     near(found, [oracles.relevance(full[i], int(y), full, at) for i, y in enumerate(labels)])
@@ -337,47 +352,64 @@ def test_diversity_far_from_everything_is_large_but_finite():
 # --- equation 11 -------------------------------------------------------------------------------
 
 
-def momenta(full, seed):
-    return [normal(*layer.shape[1:], seed=seed + i) for i, layer in enumerate(full)]
+@settings(deadline=None, max_examples=40)
+@given(LABELS, st.lists(st.integers(-1, 4), min_size=6, max_size=6))
+def test_gradient_impact_of_captured_gradients(reference, labels):
+    ours, theirs, m = seen(6, 1), seen(9, 2), len(reference)
+    prepared = [taken_in(g.rows(torch.arange(m)), reference) for g in theirs.gradients]
+    full = [layer[:m] for layer in theirs.full]
+    near(
+        impact_of(ours.gradients, torch.tensor(labels), prepared),
+        [
+            oracles.gradient_impact(rows(ours.full, i), label, full, reference)
+            for i, label in enumerate(labels)
+        ],
+    )
 
 
-@settings(deadline=None, max_examples=30)
-@given(st.integers(0, 99), st.floats(1e-3, 1e3))
-def test_gradient_impact_of_captured_gradients(seed, size):
-    batch = seen(6, 1)
-    momentum = [size * m for m in momenta(batch.full, seed)]
-    found = gradient_impact(products(batch.gradients, momentum), momentum)
-    near(found, [oracles.gradient_impact(rows(batch.full, i), momentum) for i in range(6)])
+def test_gradient_impact_tells_how_far_a_step_on_a_sample_lowers_the_loss_of_its_class():
+    n, rate = 6, 1e-6
+    ours, theirs = seen(n, 1), seen(9, 2)
+    labels = (ours.labels + torch.arange(n) % 2) % CLASSES  # every other one is wrong
+    prepared = [taken_in(g, theirs.labels) for g in theirs.gradients]
+    found = impact_of(ours.gradients, labels, prepared)
+    x, reference = normal(n, 1, 5, 5, seed=1), normal(9, 1, 5, 5, seed=2)
 
+    def loss_of_class(net, label):
+        own = theirs.labels == label
+        return F.cross_entropy(net(reference[own]), theirs.labels[own])
 
-def test_gradient_impact_of_the_mean_training_gradient():
-    batch, training = seen(6, 1), seen(9, 2)
-    momentum = [oracles.mean(list(layer)) for layer in training.full]
-    captured = [taken_in(g, torch.full((9,), -1)).overall for g in training.gradients]
-    expected = [oracles.gradient_impact(rows(batch.full, i), momentum) for i in range(6)]
-    near(gradient_impact(products(batch.gradients, captured), captured), expected)
-    assert min(expected) < 0 < max(expected)
+    fallen = []
+    for i, label in enumerate(labels):
+        net = Net()
+        before = loss_of_class(net, label)
+        length = sum(g.square().sum() for g in torch.autograd.grad(before, [*net.parameters()]))
+        F.cross_entropy(net(x[i : i + 1]), ours.labels[i : i + 1]).backward()
+        with torch.no_grad():
+            for p in net.parameters():
+                p -= rate * p.grad
+        fallen.append((before - loss_of_class(net, label)).item() / rate / length.item() ** 0.5)
+    torch.testing.assert_close(found, torch.tensor(fallen, dtype=found.dtype), rtol=1e-3, atol=1e-4)
+    assert min(fallen) < 0 < max(fallen)
 
 
 def test_gradient_impact_along_the_own_gradient_is_its_length():
     batch = seen(6, 1)
     for i in range(6):
-        own = rows(batch.full, i)
-        length = sum(oracles.inner(g, g) for g in own) ** 0.5
-        near(gradient_impact(products(batch.gradients, own), own)[i : i + 1], [length])
+        own = [g.rows(torch.tensor([i])) for g in batch.gradients]
+        alone = [taken_in(g, [-1]) for g in own]
+        length = sum(oracles.inner(g, g) for g in rows(batch.full, i)) ** 0.5
+        near(impact_of(own, torch.tensor([0]), alone), [length])
 
 
-def test_gradient_impact_is_zero_while_there_is_no_momentum():
-    batch = seen(6, 1)
-    nothing = [torch.zeros_like(layer[0]) for layer in batch.full]
+def test_gradient_impact_where_nothing_or_one_layer_only_is_compared_with():
     # Infinite products, to see that they are not asked.
-    assert gradient_impact(torch.full((6, 4), torch.inf), nothing).tolist() == [0] * 6
-    # One layer with momentum is enough.
-    some = [*nothing[:3], torch.ones_like(nothing[3])]
-    expected = [oracles.gradient_impact(rows(batch.full, i), some) for i in range(6)]
-    near(gradient_impact(products(batch.gradients, some), some), expected)
-    silent = torch.zeros(6, 4)
-    assert gradient_impact(silent, momenta(batch.full, 0)).tolist() == [0] * 6
+    infinite = torch.full((2, 4), torch.inf)
+    assert gradient_impact(infinite, torch.zeros(2, 4)).tolist() == [0, 0]
+    assert gradient_impact(torch.zeros(2, 4), torch.ones(2, 4)).tolist() == [0, 0]
+    last = torch.tensor([[0.0, 0.0, 0.0, 2.0]])
+    assert gradient_impact(torch.tensor([[0.0, 0.0, 0.0, 6.0]]), last).tolist() == [3]
+    assert gradient_impact(torch.ones(1, 2), torch.tensor([[1.0, torch.nan]])).isnan().all()
 
 
 # --- equation 12 -------------------------------------------------------------------------------
@@ -545,7 +577,6 @@ def test_six_metrics_of_a_captured_batch_make_its_value():
     ours, reference, selected = seen(n, 1), seen(9, 2), seen(30, 3)
     w, alpha = [0.1, 0.3, 0.05, 0.15, 0.25, 0.15], [0.15, 0.05, 0.5, 0.3]
     windows = ours.losses[:, None] + normal(n, 4, seed=5).abs()
-    momentum = momenta(ours.full, 7)
     predictive = [oracles.predictive_entropy(z) for z in ours.logits]
 
     spreads = [
@@ -555,7 +586,7 @@ def test_six_metrics_of_a_captured_batch_make_its_value():
         torch.stack(
             [
                 quality(ours.hidden[x], *spreads[x]),
-                relevance(
+                relevance_of(
                     ours.gradients[x],
                     ours.labels,
                     taken_in(reference.gradients[x], reference.labels),
@@ -567,7 +598,11 @@ def test_six_metrics_of_a_captured_batch_make_its_value():
         for x in layers
     ]
     whole = [
-        gradient_impact(products(ours.gradients, momentum), momentum),
+        impact_of(
+            ours.gradients,
+            ours.labels,
+            [taken_in(g, reference.labels) for g in reference.gradients],
+        ),
         uncertainty(torch.tensor(predictive, dtype=torch.float64), ours.hidden),
         stability(windows),
     ]
@@ -590,7 +625,12 @@ def test_six_metrics_of_a_captured_batch_make_its_value():
         for x in layers
     ]
     slow_whole = [
-        [oracles.gradient_impact(rows(ours.full, i), momentum) for i in range(n)],
+        [
+            oracles.gradient_impact(
+                rows(ours.full, i), int(y), reference.full, reference.labels.tolist()
+            )
+            for i, y in enumerate(ours.labels)
+        ],
         [oracles.uncertainty(predictive[i], rows(ours.hidden, i)) for i in range(n)],
         [oracles.stability(row) for row in windows.tolist()],
     ]
@@ -632,7 +672,7 @@ def test_blended_means_weigh_the_other_set_as_so_many_samples(form):
     torch.testing.assert_close(found.overall, overall)
     for label in (-1, 0, 1, 2, 3, 9):
         members = weights * (labels == label)
-        found_for = relevance(mine, torch.full((7,), label), found)
+        found_for = relevance_of(mine, torch.full((7,), label), found)
         by_class = label >= 0 and form != "no classes"
         if by_class and members.sum() < 3:
             assert found_for.isnan().all()

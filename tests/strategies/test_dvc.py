@@ -368,9 +368,10 @@ def test_the_weights_in_force_are_told_with_the_score():
     assert (told[1], score) == (0, 0.5)
 
 
+@pytest.mark.parametrize("metric", ["relevance", "gradient_impact"])
 @pytest.mark.parametrize(("blend", "held_out"), [(0, 1.0), (60, 0.5), (None, 0.0)])
-def test_relevance_counts_as_much_as_the_reference_is_held_out(blend, held_out):
-    weights = FixedWeights({"relevance": 1, "uncertainty": 1})
+def test_what_compares_with_the_reference_counts_as_much_as_it_is_held_out(metric, blend, held_out):
+    weights = FixedWeights({metric: 1, "uncertainty": 1})
     # 60 held-out samples, and as many selected ones, count as many as the blend.
     run = Run(DVC(weights, blend=blend or 0), reference=blend is not None)
     more = run.pools.draw(0, 100, "more")
@@ -379,13 +380,15 @@ def test_relevance_counts_as_much_as_the_reference_is_held_out(blend, held_out):
     run.budget = 400
     choice = run.round()
     assert choice.figures["reference_held_out"] == pytest.approx(held_out)
-    assert choice.weights[1] == pytest.approx(held_out / (1 + held_out))
+    found = choice.weights[METRICS.index(metric)]
+    assert found == pytest.approx(held_out / (1 + held_out))
     assert choice.weights.sum() == pytest.approx(1)
 
 
-def test_relevance_alone_counts_also_without_held_out_samples():
-    choice = Run(DVC(FixedWeights({"relevance": 1})), reference=False).round()
-    assert choice.weights.tolist() == [0, 1, 0, 0, 0, 0]
+@pytest.mark.parametrize("metric", ["relevance", "gradient_impact"])
+def test_what_compares_with_the_reference_counts_alone_also_without_one(metric):
+    choice = Run(DVC(FixedWeights({metric: 1})), reference=False).round()
+    assert choice.weights.tolist() == [float(name == metric) for name in METRICS]
 
 
 def test_learnt_layer_weights_change_with_what_is_taken_back():

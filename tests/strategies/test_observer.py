@@ -163,7 +163,6 @@ def test_what_was_seen_of_the_reference_outlives_a_restart(size, tmp_path):
             torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
         for one, other in zip(found.standards, expected.standards, strict=True):
             assert (one.median, one.mad) == (other.median, other.mad)
-            assert torch.equal(one.momentum, other.momentum)
         for rounds in (straight, broken):
             rounds.end()
 
@@ -203,10 +202,9 @@ def test_no_more_states_are_kept_than_are_needed(needs, cache_bytes, kept):
 
 
 def test_only_what_the_metrics_need_is_prepared():
-    for needs in (("quality",), ("diversity",), ("gradient_impact",)):
+    for needs in (("quality",), ("diversity",)):
         for std in Rounds(needs).examine().standards:
             assert (std.selected is not None) == ("diversity" in needs)
-            assert (std.momentum is not None) == ("gradient_impact" in needs)
 
 
 def test_the_exact_density_is_made_of_points_from_all_over_the_reservoir():
@@ -238,6 +236,6 @@ def test_relevance_over_all_compares_no_class_by_itself(reference, blend):
         for each in (True, False)
     )
     for ours, theirs in zip(by_class.standards, over_all.standards, strict=True):
-        assert len(ours.relevance.means) > len(theirs.relevance.means) == 1
-        torch.testing.assert_close(theirs.relevance.overall, ours.relevance.overall)
+        assert len(ours.reference.means) > len(theirs.reference.means) == 1
+        torch.testing.assert_close(theirs.reference.overall, ours.reference.overall)
     assert torch.equal(by_class.labels, over_all.labels)  # the label mix needs them all the same
