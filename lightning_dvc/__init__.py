@@ -2,7 +2,8 @@
 
 from lightning_dvc.callback import DVCCallback
 from lightning_dvc.datamodule import DVCDataModule
-from lightning_dvc.policy.weights import BayesianWeights, FixedWeights
+from lightning_dvc.policy.bayesian import BayesianWeights
+from lightning_dvc.policy.weights import FixedWeights
 from lightning_dvc.pools import Source
 from lightning_dvc.selection import Selection
 from lightning_dvc.splitting import split_by

@@ -1,6 +1,7 @@
 """A Gaussian process of the validation score, and the weights that it proposes (5.1).
 
-Kept apart from :mod:`lightning_dvc.policy.weights` so that only who learns weights imports BoTorch.
+Kept apart from :mod:`lightning_dvc.policy.bayesian` so that only a run that learns weights imports
+BoTorch.
 """
 
 import warnings

@@ -54,7 +54,7 @@ class DVC:
         weights: How the six metrics are weighed: when not given, by
             :data:`~lightning_dvc.policy.weights.DEFAULT_WEIGHTS`; see
             :class:`~lightning_dvc.policy.weights.FixedWeights` and
-            :class:`~lightning_dvc.policy.weights.BayesianWeights`.
+            :class:`~lightning_dvc.policy.bayesian.BayesianWeights`.
         layer_weights: ``alpha`` of equation 5: ``"equal"``, ``"depth"``, ``"learned"`` from what is
             taken back, or one number of at least 0 per captured layer; see
             :class:`~lightning_dvc.policy.layers.LayerWeights`.

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_dvc.errors import ConfigurationError, StateError
+from lightning_dvc.policy.bayesian import BayesianWeights
 from lightning_dvc.policy.surrogate import FitError
-from lightning_dvc.policy.weights import BayesianWeights, FixedWeights
+from lightning_dvc.policy.weights import FixedWeights
 from lightning_dvc.records import METRICS
 
 BEST = torch.tensor([0.05, 0.35, 0.1, 0.1, 0.35, 0.05], dtype=torch.float64)
@@ -360,7 +361,7 @@ class FakeTime:
 
     def __init__(self, monkeypatch):
         self.now, self.cost, self.fails, self.updates = 100.0, 2.0, False, 0
-        monkeypatch.setattr("lightning_dvc.policy.weights.time.perf_counter", lambda: self.now)
+        monkeypatch.setattr("lightning_dvc.timing.time.perf_counter", lambda: self.now)
         monkeypatch.setattr("lightning_dvc.policy.surrogate.propose", self.propose)
 
     def propose(self, weights, *rest):
