@@ -116,15 +116,21 @@ def closed(means: Mapping[str, float], method: str) -> float:
 
 
 def summary(rows: Rows, n_val: int = N_VAL) -> str:
-    """Per cell: DVC, the best of the others, who is first, and the share closed."""
+    """Per cell: DVC, the best of the others, who is first, and the share closed.
+
+    Of methods that were not run, nothing is told.
+    """
     lines = []
     firsts, shares = 0, []
     cells = [(d, b) for d in DATASETS for b in BUDGETS]
+    present = {job.method for job in rows}
+    names = [name for name in (*METHODS, *REFERENCES) if name in present]
     for dataset, budget in cells:
-        means = means_of(rows, [*METHODS, *REFERENCES], dataset, budget, n_val)
-        if not means:
+        means = means_of(rows, names, dataset, budget, n_val)
+        if not {"random", "dvc", "clean"} <= means.keys():
             continue
-        best = max((name for name in METHODS if name != "dvc"), key=lambda n: means[n])
+        others = [name for name in METHODS if name in means and name != "dvc"]
+        best = max(others, key=lambda name: means[name])
         share = closed(means, "dvc")
         firsts += means["dvc"] > means[best]
         shares.append(share)
@@ -133,8 +139,8 @@ def summary(rows: Rows, n_val: int = N_VAL) -> str:
                 f"{dataset} {budget:.0%}",
                 f"{means['dvc']:.1%}",
                 f"{NAMES[best]} {means[best]:.1%}",
-                *(f"{means[name]:.1%}" for name in REFERENCES),
-                f"{share:.0%}",
+                *(f"{means[name]:.1%}" if name in means else "-" for name in REFERENCES),
+                f"{share:.0%}{_error_of_share(rows, Job('', dataset, budget, n_val, 0))}",
             ]
         )
     heads = ["cell", "DVC", "best other", *(NAMES[name] for name in REFERENCES), "closed by DVC"]
@@ -142,6 +148,22 @@ def summary(rows: Rows, n_val: int = N_VAL) -> str:
     if shares:
         end += f"; it closes {np.mean(shares):.0%} on average, {min(shares):.0%} at least."
     return markdown(heads, lines) + end
+
+
+def _error_of_share(rows: Rows, job: Job) -> str:
+    """Standard error of the share that DVC closes (jackknife over seeds); nothing of one seed."""
+    own = {
+        name: by_seed(rows, "scratch_accuracy", job._replace(method=name))
+        for name in ("random", "dvc", "clean")
+    }
+    seeds = set.intersection(*map(set, own.values()))
+    if len(seeds) < 2:
+        return ""
+    shares = []
+    for left_out in seeds:
+        sums = {name: sum(of[seed] for seed in seeds - {left_out}) for name, of in own.items()}
+        shares.append(closed(sums, "dvc"))
+    return f" ± {math.sqrt((len(seeds) - 1) * np.var(shares)):.0%}"
 
 
 def seconds(rows: Rows) -> str:

@@ -143,6 +143,19 @@ def test_methods_are_compared_over_the_seeds_that_all_have():
     assert means == pytest.approx({"random": 0.6, "dvc": 0.75, "clean": 0.8})
     assert report.closed(means, "dvc") == pytest.approx(0.75)
     assert "closes 75% on average" in report.summary(rows)
+    assert "| 75% ± 0% |" in report.summary(rows)
+
+
+def test_the_share_closed_has_a_jackknife_error_and_missing_methods_are_left_out():
+    # Gains of 1, 1 and 4 over gaps of 2, 4 and 6: without one seed 5/10, 5/8 and 2/6.
+    rows = {}
+    for name, values in (("random", (1, 2, 3)), ("dvc", (2, 3, 7)), ("clean", (3, 6, 9))):
+        for seed, value in enumerate(values):
+            rows[Job(name, "wine", 0.1, N_VAL, seed)] = {"scratch_accuracy": str(value / 10)}
+    left = np.array([5 / 10, 5 / 8, 2 / 6])
+    error = (2 / 3 * ((left - left.mean()) ** 2).sum()) ** 0.5
+    expected = f"| wine 10% | 40.0% | Random 20.0% | - | 60.0% | - | - | 50% ± {error:.0%} |"
+    assert expected in report.summary(rows)
 
 
 def test_scale_is_told_and_drawn(tmp_path):
