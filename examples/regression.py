@@ -1,8 +1,8 @@
 """A regression: the diabetes data of scikit-learn, a third of whose targets come from a bad source.
 
-Run ``python -m examples.regression``. There are no classes here, so relevance compares a sample's
-gradient with the mean over all held-out samples, and uncertainty is the spread of the last hidden
-layer.
+Run ``python -m examples.regression``. There are no classes here, so relevance and gradient impact
+compare a sample's gradient with the mean over all held-out samples, and uncertainty is the spread
+of the last hidden layer.
 """
 
 from typing import Any

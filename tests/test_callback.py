@@ -498,6 +498,7 @@ def test_only_what_has_a_weight_is_measured_and_logged(tmp_path):
     datamodule, _, _ = fit(logger=CSVLogger(tmp_path, name="run", version=""))
     row = logged(tmp_path)[-1]
     raw = datamodule.selection.raw[datamodule.selection.round > 0]
+    assert set(DEFAULT_WEIGHTS) == set(METRICS) - {"stability"}
     for number, metric in enumerate(METRICS):
         measured = metric in DEFAULT_WEIGHTS
         assert (f"dvc/metric/{metric}" in row) == measured
@@ -717,7 +718,7 @@ def test_as_many_samples_are_scored_at_once_as_fit():
     ours, theirs = (
         {*each.selected_ids[each.selection.round == 1].tolist()} for each in (datamodule, roomy)
     )
-    assert len(ours & theirs) > 0.8 * len(theirs) > 0
+    assert len(ours & theirs) > 0.9 * len(theirs) > 0
     callback = DVCCallback(score_batch_size=20)
     assert fit(net=Hungry(), callback=callback)[0].selection.set_aside == ()
     net = Hungry()

@@ -55,8 +55,9 @@ class Bench:
         self._optimizer = torch.optim.Adam(self.module.parameters())
         self._near = NearDuplicates(max_angle=0.1, seed=0)
         self._codes = torch.zeros(case.batch_size, N_TABLES, dtype=torch.int64)
+        self.reference = TensorDataset(*case.samples(n_reference, seed=1))
         with undisturbed(self.module):
-            self.standards = self._standards(case, n_reference)
+            self.standards = self._standards()
 
     def step(self) -> None:
         """Forward, backward, Adam."""
@@ -84,7 +85,7 @@ class Bench:
                 self._near.codes(captured.fingerprints)
                 self.measure(captured, DEFAULT, rewards)
 
-    def _standards(self, case: Case, n_reference: int) -> list[LayerStandards]:
+    def _standards(self) -> list[LayerStandards]:
         seen: list[ReferenceGradients] = []
 
         def take(captured: Captured) -> None:
@@ -92,8 +93,7 @@ class Bench:
             for layer, gradients in zip(seen, captured.gradients, strict=True):
                 layer.add(gradients, captured.labels)
 
-        dataset = TensorDataset(*case.samples(n_reference, seed=1))
-        captured = self.probe.capture_all(dataset, torch.arange(n_reference), take)
+        captured = self.probe.capture_all(self.reference, torch.arange(len(self.reference)), take)
         found = []
         for layer, h in zip(seen, captured.representations, strict=True):
             means, norms, points = layer.means(), h.norm(dim=1), h[:DENSITY_SIZE]
@@ -120,7 +120,8 @@ def figures() -> Iterator[Figure]:
         yield from _cache_hits(name, bench)
         if name == "mlp":
             same = frozenset({"relevance", "gradient_impact"})
-            formed, ours = medians(partial(vmapped, bench), partial(bench.score, same), repeats=5)
+            forming = partial(vmapped, bench, class_means(bench))
+            formed, ours = medians(forming, partial(bench.score, same), repeats=5)
             yield Figure("vmap_ratio", formed / ours, at_least=30)
 
 
@@ -139,8 +140,8 @@ def _cache_hits(name: str, bench: Bench) -> Iterator[Figure]:
     yield Figure(f"cache_hit_speedup_{name}", miss / hit, at_least=5)
 
 
-def vmapped(bench: Bench) -> list[Tensor]:
-    """Norms, and products with the class means and the mean over all, from formed gradients."""
+def vmapped(bench: Bench, means: list[dict[int, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """Per layer, norms and products with the means of the classes, from formed gradients."""
     net = bench.module.net
     parameters = {name: p.detach() for name, p in net.named_parameters()}
 
@@ -152,10 +153,26 @@ def vmapped(bench: Bench) -> list[Tensor]:
         parameters, bench.x, bench.y
     )
     found = []
-    for number, std in enumerate(bench.standards):
+    for number, by_class in enumerate(means):
         weight, bias = grads[f"{2 * number}.weight"], grads[f"{2 * number}.bias"]
         full = torch.cat([weight, bias[:, :, None]], dim=2).flatten(1)
-        found += [full.norm(dim=1), full @ std.reference.overall.flatten()]
-        for label in range(int(bench.y.max()) + 1):
-            found.append(full[bench.y == label] @ std.reference.overall.flatten())
+        products = torch.empty(len(full))
+        for label, mean in by_class.items():
+            products[bench.y == label] = full[bench.y == label] @ mean.flatten()
+        found.append((full.norm(dim=1), products))
+    return found
+
+
+def class_means(bench: Bench) -> list[dict[int, Tensor]]:
+    """Per layer, the mean reference gradient of each class, formed."""
+    everything = torch.arange(len(bench.reference))
+    with undisturbed(bench.module):
+        parts = list(bench.probe.capture(bench.reference, everything))
+    labels = torch.cat([part.labels for part in parts])
+    found: list[dict[int, Tensor]] = []
+    for number in range(len(bench.standards)):
+        found.append({})
+        for label, count in enumerate(torch.bincount(labels).tolist()):
+            own = [part.gradients[number].rows(part.labels == label) for part in parts]
+            found[-1][label] = torch.stack([rows.sum() for rows in own]).sum(0) / count
     return found

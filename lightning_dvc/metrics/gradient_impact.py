@@ -14,8 +14,8 @@ from torch import Tensor
 def gradient_impact(products: Tensor, lengths: Tensor) -> Tensor:
     """Equation 11: ``<g(x), m> / |m|`` over all layers, magnitude times alignment.
 
-    ``m`` is the mean gradient of the reference samples of the label of ``x``. To first order, the
-    metric is proportional to how far a step on ``x`` lowers their loss.
+    ``m`` is the mean gradient of the reference samples of the label of ``x``. Within a class the
+    metric is proportional, to first order, to how far a step on ``x`` lowers their loss.
 
     Args:
         products: ``(n, L)`` inner product of each sample's gradient in each layer with ``m`` there;

@@ -72,14 +72,14 @@ class DVC:
         refine: Whether to go on after the budget is full, taking back what the model has come to
             disbelieve and filling up with better, never beyond the budget.
         reference_size: Held-out samples that candidates are compared with, drawn once, at least 1.
-        class_relevance: Whether relevance and gradient impact compare a sample with the reference
+        by_class: Whether relevance and gradient impact compare a sample with the reference
             samples of its own class, rather than with all of them, as equation 8 can also be read.
         blend: As how many reference samples the selected ones count together, at least 0, and each
             as one at most: they stand beside the held-out ones, in mean gradients and in the label
             mix, while there are fewer than twice as many of these.
         reservoir_size: Selected samples that stand for the selection, drawn afresh each round, at
-            least 1: as the reference where there is no other, and for diversity (with the exact
-            density at most 256 of them).
+            least 1: as the reference where there is no other, beside it where it is blended, and
+            for diversity (with the exact density at most 256 of them).
         review_size: Selected samples looked at each round to see whether the model still believes
             their labels, at least 1.
         stability_window: Earlier model states kept for the stability metric and the review, at
@@ -133,7 +133,7 @@ class DVC:
         allocation: Literal["softmax", "argmax"] = "softmax",
         refine: bool = False,
         reference_size: int = 1000,
-        class_relevance: bool = True,
+        by_class: bool = True,
         blend: int = 50,
         reservoir_size: int = 1000,
         review_size: int = 10_000,
@@ -185,7 +185,7 @@ class DVC:
             self.weights.measures,
             ObserverSettings(
                 reference_size=reference_size,
-                class_relevance=class_relevance,
+                by_class=by_class,
                 blend=blend,
                 reservoir_size=reservoir_size,
                 review_size=review_size,

@@ -44,7 +44,7 @@ class ObserverSettings:
     """Sizes and tolerances; see :class:`lightning_dvc.strategies.dvc.DVC`, which documents them."""
 
     reference_size: int
-    class_relevance: bool
+    by_class: bool
     blend: int
     reservoir_size: int
     review_size: int
@@ -259,7 +259,7 @@ class Observer:
         # The same in every round, for selected samples to be compared with over several states.
         size = self._settings.reference_size
         ids = this.some(this.held_out, size, "reference", afresh=False)
-        take = partial(_take, gradients, by_label=self._settings.class_relevance)
+        take = partial(_take, gradients, by_label=self._settings.by_class)
         with this.looking_at_reference():
             reference = this.probe.capture_all(this.reference, ids, take)
         return reference, gradients
@@ -270,7 +270,7 @@ class Observer:
         ids = this.some(this.selected, sizes.reservoir_size, "reservoir")
         gradients: list[ReferenceGradients] = []
         stands_in = this.reference is None or self._blends(this)
-        take = partial(_take, gradients, by_label=sizes.class_relevance)
+        take = partial(_take, gradients, by_label=sizes.by_class)
         reservoir = this.probe.capture_all(this.pools.dataset, ids, take if stands_in else None)
         others = this.selected[~torch.isin(this.selected, ids)]
         others = this.some(others, sizes.review_size, "review")

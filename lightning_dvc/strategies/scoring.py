@@ -197,13 +197,16 @@ def _ask_gradients(
                 rewards.add(number, part, arms[rows])
         length = std.reference.norms(columns)
         relevances.append(relevance(product, squared, length).float())
-        products.append(product.to(captured.losses))
-        lengths.append(length.to(captured.losses))
+        products.append(product.to(captured.losses.device))
+        lengths.append(length.to(captured.losses.device))
     if rewards is not None:
         rewards.close(arms)
     impact = torch.full_like(products[0], torch.nan)
     if "gradient_impact" in needs:
-        impact = gradient_impact(torch.stack(products, dim=1), torch.stack(lengths, dim=1))
+        # Concatenated, since layers may differ in precision.
+        impact = gradient_impact(
+            *(torch.cat([x[:, None] for x in each], 1) for each in (products, lengths))
+        )
     return relevances, impact
 
 

@@ -4,7 +4,7 @@ import torch
 from examples.bench import exactness
 from examples.bench.measure import Figure, medians
 from examples.bench.models import CASES, Case, Model
-from examples.bench.scoring import EVERY, Bench, vmapped
+from examples.bench.scoring import EVERY, Bench, class_means, vmapped
 
 
 @pytest.mark.parametrize(
@@ -58,17 +58,16 @@ def test_models_train_and_are_scored(name):
 
 
 def test_what_vmap_forms_is_what_is_asked_of_the_factors():
-    bench = Bench(Case(CASES["mlp"].make, CASES["mlp"].shape, 16), n_reference=40)
+    bench = Bench(Case(CASES["mlp"].make, CASES["mlp"].shape, 16), n_reference=100)
     (captured,) = bench.probe.look(bench.loaded)
-    found = vmapped(bench)
-    per_layer = len(found) // len(captured.gradients)
-    for number, layer in enumerate(captured.gradients):
-        norms = found[number * per_layer]
+    found = vmapped(bench, class_means(bench))
+    for layer, std, (norms, products) in zip(
+        captured.gradients, bench.standards, found, strict=True
+    ):
         torch.testing.assert_close(layer.squared_norms().sqrt(), norms, rtol=1e-3, atol=1e-6)
-        overall = bench.standards[number].reference.overall
-        torch.testing.assert_close(
-            layer.dot(overall), found[number * per_layer + 1], rtol=1e-3, atol=1e-6
-        )
+        ours = std.reference.products(layer, std.reference.columns(captured.labels))
+        torch.testing.assert_close(ours, products, rtol=1e-3, atol=1e-6)
+        assert ours.abs().min() > 1e-5
 
 
 def test_the_model_is_a_plain_module():

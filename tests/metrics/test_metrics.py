@@ -221,6 +221,13 @@ def test_relevance_is_zero_where_a_gradient_vanishes():
     assert not relevance_of(silent, labels, taken_in(silent, labels)).any()
 
 
+def test_relevance_is_never_beyond_one():
+    # Products and norms that were rounded apart.
+    assert relevance(
+        torch.tensor([4.1, -4.1]), torch.full((2,), 4.0), torch.full((2,), 2.0)
+    ).tolist() == [1, -1]
+
+
 def test_relevance_of_a_single_sample_to_itself():
     for g in seen(6, 1).gradients:
         one = g.rows(torch.tensor([4]))

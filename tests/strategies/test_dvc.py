@@ -419,7 +419,7 @@ def test_random_draws_in_proportion_to_the_stock():
         lambda: DVC(density="lsh", stability_window=1, layer_weights=[1, 3]),
         lambda: DVC(window=2),
         lambda: DVC(reward="gain", layer_weights="learned"),
-        lambda: DVC(reward="acceptance", class_relevance=False),
+        lambda: DVC(reward="acceptance", by_class=False),
         Random,
     ],
 )

@@ -48,7 +48,7 @@ class Rounds:
             "duplicate_angle": 0.1,
             "density": "exact",
             "blend": 0,
-            "class_relevance": True,
+            "by_class": True,
             "cache_bytes": 0,
             "cache_dtype": None,
             "drift_tolerance": 0.01,
@@ -232,8 +232,7 @@ def test_a_small_reference_leans_on_the_selection(blend, trust):
 @pytest.mark.parametrize(("reference", "blend"), [(True, 0), (True, 100), (False, 0)])
 def test_relevance_over_all_compares_no_class_by_itself(reference, blend):
     by_class, over_all = (
-        Rounds(reference=reference, blend=blend, class_relevance=each).examine()
-        for each in (True, False)
+        Rounds(reference=reference, blend=blend, by_class=each).examine() for each in (True, False)
     )
     for ours, theirs in zip(by_class.standards, over_all.standards, strict=True):
         assert len(ours.reference.means) > len(theirs.reference.means) == 1
