@@ -498,7 +498,7 @@ def test_only_what_has_a_weight_is_measured_and_logged(tmp_path):
     datamodule, _, _ = fit(logger=CSVLogger(tmp_path, name="run", version=""))
     row = logged(tmp_path)[-1]
     raw = datamodule.selection.raw[datamodule.selection.round > 0]
-    assert set(DEFAULT_WEIGHTS) == set(METRICS) - {"stability"}
+    assert set(DEFAULT_WEIGHTS) == set(METRICS) - {"gradient_impact", "stability"}
     for number, metric in enumerate(METRICS):
         measured = metric in DEFAULT_WEIGHTS
         assert (f"dvc/metric/{metric}" in row) == measured

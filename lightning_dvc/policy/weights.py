@@ -10,13 +10,7 @@ from torch import Tensor
 from lightning_dvc.errors import ConfigurationError
 from lightning_dvc.records import METRICS
 
-DEFAULT_WEIGHTS: Final = {
-    "quality": 0.3,
-    "relevance": 0.7,
-    "diversity": 0.1,
-    "gradient_impact": 0.3,
-    "uncertainty": 1.0,
-}
+DEFAULT_WEIGHTS: Final = {"quality": 0.3, "relevance": 0.7, "diversity": 0.1, "uncertainty": 1.0}
 """No others measured better by more than chance (docs/results.md)."""
 
 
