@@ -11,7 +11,7 @@ from lightning_dvc.errors import ConfigurationError
 from lightning_dvc.records import METRICS
 
 DEFAULT_WEIGHTS: Final = {"quality": 0.3, "relevance": 0.7, "diversity": 0.1, "uncertainty": 1.0}
-"""No others measured better by more than chance (docs/results.md)."""
+"""No others measured better on more than a part of the data sets (docs/results.md)."""
 
 
 class WeightPolicy(Protocol):
