@@ -713,12 +713,10 @@ def test_as_many_samples_are_scored_at_once_as_fit():
     datamodule, _, _ = fit(net=Hungry())
     roomy, _, _ = fit()
     assert datamodule.selection.set_aside == ()
+    # Other batches round otherwise, which can turn a tie.
+    same = set(datamodule.selected_ids.tolist()) & set(roomy.selected_ids.tolist())
     assert len(datamodule.selected_ids) == len(roomy.selected_ids)
-    # Other batches round otherwise, which can turn a tie, and then training goes another way.
-    ours, theirs = (
-        {*each.selected_ids[each.selection.round == 1].tolist()} for each in (datamodule, roomy)
-    )
-    assert len(ours & theirs) > 0.9 * len(theirs) > 0
+    assert len(same) > 0.9 * len(roomy.selected_ids)
     callback = DVCCallback(score_batch_size=20)
     assert fit(net=Hungry(), callback=callback)[0].selection.set_aside == ()
     net = Hungry()

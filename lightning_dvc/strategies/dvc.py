@@ -2,7 +2,8 @@
 
 A round examines what is selected and held out, draws candidates as the bandit says, scores them
 with the six metrics, chooses the best under the diversification rules, and learns which sources
-were worth it. The defaults are the variant that measured best (docs/results.md).
+were worth it. No variant measured better than the defaults on more than a part of the data sets
+(docs/results.md).
 """
 
 import math
