@@ -7,14 +7,24 @@ of wrong labels there are too many. So each source is tested for outliers agains
 samples (conformal p-values, Bates et al., 2023), with the false discoveries bounded as a share of
 what is disbelieved (Benjamini and Hochberg, 1995). Where all is well, hardly anything is rejected.
 
+A model finds samples plausible that it has been trained on, wrong ones, too. So samples in training
+are tested beside held-out ones and beside such as are in training as well, from the sources that
+passed the test with what had not been.
+
 Measured beside one threshold for all sources, a quantile of the held-out samples' plausibility:
 docs/results.md.
 """
+
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from lightning_dvc.errors import ConfigurationError
+
+ENOUGH: Final = 20
+"""Samples of a source, fewer of which are too few to tell whether it is like the reference."""
+_NEXT_TO_NONE: Final = 0.02
 
 
 def conformal_p_values(confidence: Tensor, reference: Tensor) -> Tensor:
@@ -96,6 +106,31 @@ def disbelieved(p_values: Tensor, arms: Tensor, rate: float) -> Tensor:
         if len(passing):
             rejected[own[order[: int(passing[-1]) + 1]]] = True
     return rejected
+
+
+def like_reference(p_values: Tensor, arms: Tensor, rejected: Tensor, before: Tensor) -> Tensor:
+    """Sources of which next to none are disbelieved, less than 2%.
+
+    Args:
+        p_values: ``(n,)`` from :func:`conformal_p_values`; what is NaN does not count.
+        arms: ``(n,)`` the source of each sample, in ``0 .. K - 1``.
+        rejected: ``(n,)`` bool, from :func:`disbelieved`.
+        before: ``(K,)`` bool, what is kept for a source of which fewer than :data:`ENOUGH` count.
+
+    Returns:
+        ``(K,)`` bool.
+
+    Example:
+        >>> arms = torch.tensor([0] * 30 + [1] * 30 + [2] * 3)
+        >>> p_values = torch.where(arms == 1, 0.01, 0.7)
+        >>> before = torch.tensor([False, True, True])
+        >>> like_reference(p_values, arms, p_values < 0.1, before).tolist()
+        [True, False, True]
+    """
+    known = ~p_values.isnan()
+    counts = torch.bincount(arms[known], minlength=len(before))
+    n_rejected = torch.bincount(arms[known & rejected], minlength=len(before))
+    return torch.where(counts >= ENOUGH, n_rejected < _NEXT_TO_NONE * counts, before)
 
 
 def least_believed(p_values: Tensor, confidence: Tensor, among: Tensor, most: int) -> Tensor:

@@ -16,7 +16,13 @@ from torch import Tensor
 
 from lightning_dvc.errors import check_settings
 from lightning_dvc.policy.bandit import SourceBandit
-from lightning_dvc.policy.belief import conformal_p_values, disbelieved, least_believed
+from lightning_dvc.policy.belief import (
+    ENOUGH,
+    conformal_p_values,
+    disbelieved,
+    least_believed,
+    like_reference,
+)
 from lightning_dvc.policy.diversify import class_ceilings, diversify
 from lightning_dvc.policy.layers import LayerWeighting, LayerWeights
 from lightning_dvc.policy.weights import DEFAULT_WEIGHTS, FixedWeights, WeightPolicy, trusted
@@ -94,7 +100,9 @@ class DVC:
             than ``1 / disbelief_rate - 1`` held-out samples none is rare enough to tell. See
             :func:`~lightning_dvc.policy.belief.disbelieved`.
         disown_rate: The same for selected samples, by what recent model states found: those are
-            taken back; in ``[0, 1]``. Where nothing is held out, they are compared with each other.
+            taken back; in ``[0, 1]``. Since the model is trained on them, they are compared with
+            held-out samples, and with the selected ones of sources of whose candidates next to none
+            are disbelieved. Where nothing is held out, they are compared with each other.
         class_slack: How far a class may exceed its share of the reference's label mix in one round,
             at least 1; infinite for no such rule.
         duplicate_angle: Largest angle in radians between the features of near-duplicates, of which
@@ -141,7 +149,7 @@ class DVC:
         stability_window: int = 4,
         take_back: float = 0.1,
         disbelief_rate: float = 0.2,
-        disown_rate: float = 0.5,
+        disown_rate: float = 0.35,
         class_slack: float = 1.5,
         duplicate_angle: float = 0.1,
         density: Literal["exact", "lsh"] = "exact",
@@ -182,6 +190,8 @@ class DVC:
         self.refines = refine
         self._new_bandit(1)  # refuses settings that cannot be before training starts
         self._bandit: SourceBandit | None = None
+        # Which sources had candidates like held-out samples.
+        self._like_reference = torch.empty(0, dtype=torch.bool)
         self._observer = Observer(
             self.weights.measures,
             ObserverSettings(
@@ -236,7 +246,11 @@ class DVC:
             alpha = self.layer_weights.alpha(scores.layer_metrics.shape[1])
             values = scores.values(weights, alpha)
             p_values = self._p_values(scores.confidence, examined)
-            doubted = disbelieved(p_values, this.pools.arms_of(scores.ids), self.disbelief_rate)
+            arms = this.pools.arms_of(scores.ids)
+            doubted = disbelieved(p_values, arms, self.disbelief_rate)
+            if self.disbelief_rate > 0:
+                before = self._like_reference_of(this.pools)
+                self._like_reference = like_reference(p_values, arms, doubted, before)
             choice, positions = self._pick(
                 this, scores, values, weights, examined, doubted, quota, removed
             )
@@ -245,7 +259,6 @@ class DVC:
             self._observer.remember(this, chosen, removed)
             if self.layer_weights.learns:
                 self.layer_weights.note(chosen.ids, scores.layer_values(weights)[positions])
-            arms = this.pools.arms_of(scores.ids)
             if self.reward == "gain":  # known once the score is
                 self._gain.added(torch.bincount(arms[positions], minlength=bandit.n_arms))
             else:
@@ -270,6 +283,7 @@ class DVC:
             "asked": self._asked,
             "score": self._score,
             "bandit": self._bandit and self._bandit.state_dict(),
+            "like_reference": self._like_reference,
             "gain": self._gain.state_dict(),
             "layer_weights": self.layer_weights.state_dict(),
             "observer": self._observer.state_dict(),
@@ -279,6 +293,7 @@ class DVC:
         """Go on from a saved state; settings stay this object's own."""
         self.weights.load_state_dict(state["weights"])
         self._asked, self._score = state["asked"], state["score"]
+        self._like_reference = state["like_reference"]
         self._observer.load_state_dict(state["observer"])
         self._gain.load_state_dict(state["gain"])
         self.layer_weights.load_state_dict(state["layer_weights"])
@@ -293,6 +308,12 @@ class DVC:
         if self._bandit:
             bandit.load_state_dict(self._bandit.state_dict())
         return bandit
+
+    def _like_reference_of(self, pools: Pools) -> Tensor:
+        """``(K,)`` bool, which sources had candidates like held-out samples; no new one had."""
+        known = torch.zeros(len(pools.names), dtype=torch.bool)
+        known[: len(self._like_reference)] = self._like_reference
+        return known
 
     def _weigh(self, this: Round, score: float | None) -> Tensor:
         """Tell the weight policy what followed its last answer, and ask for the next."""
@@ -310,9 +331,14 @@ class DVC:
         _, room = this.arm_bounds(torch.empty(0, dtype=torch.int64), missing)
         spare = int(torch.minimum(this.pools.stock, room).sum()) - missing
         most = min(int(self.take_back * len(this.selected)), max(spare, 0))
-        confidence = examined.selected_confidence
+        confidence, arms = examined.selected_confidence, this.pools.arms_of(this.selected)
         p_values = conformal_p_values(confidence, examined.reference_confidence)
-        among = disbelieved(p_values, this.pools.arms_of(this.selected), self.disown_rate)
+        among = disbelieved(p_values, arms, self.disown_rate)
+        peers = confidence[self._like_reference_of(this.pools)[arms]]
+        if len(peers) >= ENOUGH:
+            beside_peers = conformal_p_values(confidence, peers)
+            among |= disbelieved(beside_peers, arms, self.disown_rate)
+            p_values = p_values.fmin(beside_peers)
         return this.selected[least_believed(p_values, confidence, among, most)]
 
     def _draw(self, this: Round, bandit: SourceBandit, quota: int, removed: Tensor) -> Tensor:

@@ -6,7 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_dvc.errors import ConfigurationError
-from lightning_dvc.policy.belief import conformal_p_values, disbelieved, least_believed
+from lightning_dvc.policy.belief import (
+    ENOUGH,
+    conformal_p_values,
+    disbelieved,
+    least_believed,
+    like_reference,
+)
 
 # Few values, so that ties occur.
 values = st.one_of(st.sampled_from([0.0, 0.1, 0.2, 0.5, 1.0, math.nan]), st.floats(0, 1))
@@ -115,6 +121,25 @@ def test_the_unknown_is_no_test_and_without_a_reference_nothing_is():
     assert disbelieved(p, arms, 1.0).tolist() == [False, True, True, True]
     for reference in (torch.empty(0, 1), torch.full((9, 1), math.nan)):
         assert not disbelieved(conformal_p_values(unknown, reference), arms, 1.0).any()
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 120), st.integers(0, 3), st.integers(0, 5)), max_size=4),
+    st.booleans(),
+)
+def test_sources_are_like_the_reference_where_less_than_a_fiftieth_is_rejected(sources, before):
+    """Of each source so many samples are known, so many of them rejected, and so many unknown."""
+    p, arms, rejected, expected = [], [], [], []
+    for arm, (n, n_rejected, n_unknown) in enumerate(sources):
+        n_rejected = min(n_rejected, n)
+        p += [0.5] * n + [math.nan] * n_unknown
+        arms += [arm] * (n + n_unknown)
+        rejected += [True] * n_rejected + [False] * (n - n_rejected) + [True] * n_unknown
+        expected.append(50 * n_rejected < n if n >= ENOUGH else before)
+    arguments = double(p), torch.tensor(arms, dtype=torch.int64), torch.tensor(rejected).bool()
+    found = like_reference(*arguments, torch.full((len(sources),), before))
+    assert found.tolist() == expected
 
 
 few = st.sampled_from([0.0, 0.1, 0.5])
