@@ -22,8 +22,7 @@ from torch import Tensor
 
 from lightning_dvc.errors import ConfigurationError
 
-ENOUGH: Final = 20
-"""Samples of a source, fewer of which are too few to tell whether it is like the reference."""
+_ENOUGH: Final = 20
 _NEXT_TO_NONE: Final = 0.02
 
 
@@ -108,14 +107,14 @@ def disbelieved(p_values: Tensor, arms: Tensor, rate: float) -> Tensor:
     return rejected
 
 
-def like_reference(p_values: Tensor, arms: Tensor, rejected: Tensor, before: Tensor) -> Tensor:
-    """Sources of which next to none are disbelieved, less than 2%.
+def like_reference(p_values: Tensor, arms: Tensor, rejected: Tensor, n_arms: int) -> Tensor:
+    """Sources of which next to none are disbelieved: less than 2% of at least 20 samples.
 
     Args:
         p_values: ``(n,)`` from :func:`conformal_p_values`; what is NaN does not count.
         arms: ``(n,)`` the source of each sample, in ``0 .. K - 1``.
         rejected: ``(n,)`` bool, from :func:`disbelieved`.
-        before: ``(K,)`` bool, what is kept for a source of which fewer than :data:`ENOUGH` count.
+        n_arms: Number of sources ``K``.
 
     Returns:
         ``(K,)`` bool.
@@ -123,14 +122,47 @@ def like_reference(p_values: Tensor, arms: Tensor, rejected: Tensor, before: Ten
     Example:
         >>> arms = torch.tensor([0] * 30 + [1] * 30 + [2] * 3)
         >>> p_values = torch.where(arms == 1, 0.01, 0.7)
-        >>> before = torch.tensor([False, True, True])
-        >>> like_reference(p_values, arms, p_values < 0.1, before).tolist()
-        [True, False, True]
+        >>> like_reference(p_values, arms, p_values < 0.1, n_arms=3).tolist()
+        [True, False, False]
     """
     known = ~p_values.isnan()
-    counts = torch.bincount(arms[known], minlength=len(before))
-    n_rejected = torch.bincount(arms[known & rejected], minlength=len(before))
-    return torch.where(counts >= ENOUGH, n_rejected < _NEXT_TO_NONE * counts, before)
+    counts = torch.bincount(arms[known], minlength=n_arms)
+    n_rejected = torch.bincount(arms[known & rejected], minlength=n_arms)
+    return (counts >= _ENOUGH) & (n_rejected < _NEXT_TO_NONE * counts)
+
+
+def peer_p_values(confidence: Tensor, peers: Tensor) -> Tensor:
+    """How rare a confidence as low as a sample's is among others that a model is trained on, too.
+
+    As :func:`conformal_p_values`, but compared over just the states that saw the sample, and with
+    the peers that all of these saw: what a model makes of a sample changes as it is trained on it.
+
+    Args:
+        confidence: ``(n, S)`` how plausible each of ``S`` model states finds a sample's target; NaN
+            where it is not known.
+        peers: ``(m, S)`` the same of its peers.
+
+    Returns:
+        ``(n,)`` float64 in ``(0, 1]``; NaN where no state saw the sample, or all those that did saw
+        fewer than 20 peers.
+
+    Example:
+        >>> peers = torch.linspace(0.5, 0.9, 24)[:, None].repeat(1, 2)
+        >>> peers[:4, 1] = torch.nan
+        >>> confidence = torch.tensor([[0.1, torch.nan], [0.1, 0.1], [torch.nan, torch.nan]])
+        >>> peer_p_values(confidence, peers)
+        tensor([0.0400, 0.0476,    nan], dtype=torch.float64)
+    """
+    confidence, peers = confidence.cpu(), peers.cpu()
+    p_values = torch.full((len(confidence),), torch.nan, dtype=torch.float64)
+    patterns, which = torch.unique(~confidence.isnan(), dim=0, return_inverse=True)
+    for number, states in enumerate(patterns):
+        others = peers[:, states]
+        others = others[~others.isnan().any(1)]
+        if states.any() and len(others) >= _ENOUGH:
+            rows = torch.nonzero(which == number).flatten()
+            p_values[rows] = conformal_p_values(confidence[rows][:, states], others)
+    return p_values
 
 
 def least_believed(p_values: Tensor, confidence: Tensor, among: Tensor, most: int) -> Tensor:

@@ -17,11 +17,11 @@ from torch import Tensor
 from lightning_dvc.errors import check_settings
 from lightning_dvc.policy.bandit import SourceBandit
 from lightning_dvc.policy.belief import (
-    ENOUGH,
     conformal_p_values,
     disbelieved,
     least_believed,
     like_reference,
+    peer_p_values,
 )
 from lightning_dvc.policy.diversify import class_ceilings, diversify
 from lightning_dvc.policy.layers import LayerWeighting, LayerWeights
@@ -42,6 +42,8 @@ from lightning_dvc.strategies.rewards import (
 from lightning_dvc.strategies.scoring import Scores, join_scores, score
 
 _TAKE_BACK_FROM: Final = 3
+# With so many held-out samples times the rate, a tenth of wrong targets can be told in a source.
+_TELLING: Final = 10
 
 
 class DVC:
@@ -99,10 +101,11 @@ class DVC:
             the share that may be like held-out ones, in ``[0, 1]``; 0 for no such rule. Of fewer
             than ``1 / disbelief_rate - 1`` held-out samples none is rare enough to tell. See
             :func:`~lightning_dvc.policy.belief.disbelieved`.
-        disown_rate: The same for selected samples, by what recent model states found: those are
-            taken back; in ``[0, 1]``. Since the model is trained on them, they are compared with
-            held-out samples, and with the selected ones of sources of whose candidates next to none
-            are disbelieved. Where nothing is held out, they are compared with each other.
+        disown_rate: The rate of two tests of selected samples, by what recent model states found;
+            what fails one is taken back; in ``[0, 1]``. One compares them with held-out samples,
+            or, where there are none, with each other; the other, since the model is trained on
+            them, with the selected ones of sources of whose last candidates less than 2% were
+            disbelieved. See :func:`~lightning_dvc.policy.belief.peer_p_values`.
         class_slack: How far a class may exceed its share of the reference's label mix in one round,
             at least 1; infinite for no such rule.
         duplicate_angle: Largest angle in radians between the features of near-duplicates, of which
@@ -190,7 +193,7 @@ class DVC:
         self.refines = refine
         self._new_bandit(1)  # refuses settings that cannot be before training starts
         self._bandit: SourceBandit | None = None
-        # Which sources had candidates like held-out samples.
+        # Which sources had candidates like held-out samples in the last round.
         self._like_reference = torch.empty(0, dtype=torch.bool)
         self._observer = Observer(
             self.weights.measures,
@@ -248,9 +251,10 @@ class DVC:
             p_values = self._p_values(scores.confidence, examined)
             arms = this.pools.arms_of(scores.ids)
             doubted = disbelieved(p_values, arms, self.disbelief_rate)
-            if self.disbelief_rate > 0:
-                before = self._like_reference_of(this.pools)
-                self._like_reference = like_reference(p_values, arms, doubted, before)
+            self._like_reference = like_reference(p_values, arms, doubted, bandit.n_arms)
+            # A test that could hardly have told says nothing.
+            tells = len(examined.held_out_confidence) * self.disbelief_rate >= _TELLING
+            self._like_reference &= tells
             choice, positions = self._pick(
                 this, scores, values, weights, examined, doubted, quota, removed
             )
@@ -310,7 +314,7 @@ class DVC:
         return bandit
 
     def _like_reference_of(self, pools: Pools) -> Tensor:
-        """``(K,)`` bool, which sources had candidates like held-out samples; no new one had."""
+        """``(K,)`` bool, which had candidates like held-out samples last; no new source had."""
         known = torch.zeros(len(pools.names), dtype=torch.bool)
         known[: len(self._like_reference)] = self._like_reference
         return known
@@ -335,10 +339,9 @@ class DVC:
         p_values = conformal_p_values(confidence, examined.reference_confidence)
         among = disbelieved(p_values, arms, self.disown_rate)
         peers = confidence[self._like_reference_of(this.pools)[arms]]
-        if len(peers) >= ENOUGH:
-            beside_peers = conformal_p_values(confidence, peers)
-            among |= disbelieved(beside_peers, arms, self.disown_rate)
-            p_values = p_values.fmin(beside_peers)
+        beside_peers = peer_p_values(confidence, peers)
+        among |= disbelieved(beside_peers, arms, self.disown_rate)
+        p_values = p_values.fmin(beside_peers)
         return this.selected[least_believed(p_values, confidence, among, most)]
 
     def _draw(self, this: Round, bandit: SourceBandit, quota: int, removed: Tensor) -> Tensor:
@@ -413,14 +416,8 @@ class DVC:
         return Choice(scores.ids[places], values[places], raw, weights, removed, figures), places
 
     def _p_values(self, confidence: Tensor, examined: Examined) -> Tensor:
-        """Of candidates, ``(n,)``; NaN without held-out samples.
-
-        Selected samples cannot stand in for these: the model has been trained on them.
-        """
-        reference = examined.reference_confidence[:, :1]
-        if examined.held_out == 0:
-            reference = reference[:0]
-        return conformal_p_values(confidence[:, :1].float(), reference)
+        """Of candidates, ``(n,)``; NaN without held-out samples."""
+        return conformal_p_values(confidence[:, :1].float(), examined.held_out_confidence)
 
     def _look_again(self, this: Round, rewards: ArmRewards, ids: Tensor) -> None:
         """Let suspects that are believed after all count for their sources.

@@ -77,6 +77,14 @@ class Examined:
     reference_confidence: Tensor
     selected_confidence: Tensor
 
+    @property
+    def held_out_confidence(self) -> Tensor:
+        """``(m, 1)`` how plausible the present model finds the targets of held-out samples.
+
+        Selected samples cannot stand in for these: the model has been trained on them.
+        """
+        return self.reference_confidence[:, :1] if self.held_out > 0 else torch.empty(0, 1)
+
 
 class Observer:
     """Looks at the reference, the selection and candidates, and keeps what later rounds need.

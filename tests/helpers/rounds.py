@@ -35,9 +35,16 @@ class Run:
         self.reference = good(60, seed=50) if reference else None
         self.budget, self.oversample, self.steps = budget, oversample, steps
         arms = range(len(self.pools.names))
-        self.selected = torch.cat([self.pools.draw(arm, 2, "warm-up") for arm in arms])
-        self.pools.mark(self.selected, SELECTED)
+        self.selected = torch.empty(0, dtype=torch.int64)
+        for arm in arms:
+            self.select(arm, 2)
         self.number = 0
+
+    def select(self, arm, count):
+        """Draw blindly from a source, as a warm-up does."""
+        drawn = self.pools.draw(arm, count, "warm-up")
+        self.pools.mark(drawn, SELECTED)
+        self.selected = torch.cat([self.selected, drawn])
 
     def round(self):
         self.number += 1

@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 
 from lightning_dvc.errors import ConfigurationError
 from lightning_dvc.policy.belief import (
-    ENOUGH,
     conformal_p_values,
     disbelieved,
     least_believed,
     like_reference,
+    peer_p_values,
 )
 
 # Few values, so that ties occur.
@@ -124,11 +124,8 @@ def test_the_unknown_is_no_test_and_without_a_reference_nothing_is():
 
 
 @settings(deadline=None)
-@given(
-    st.lists(st.tuples(st.integers(0, 120), st.integers(0, 3), st.integers(0, 5)), max_size=4),
-    st.booleans(),
-)
-def test_sources_are_like_the_reference_where_less_than_a_fiftieth_is_rejected(sources, before):
+@given(st.lists(st.tuples(st.integers(0, 120), st.integers(0, 3), st.integers(0, 5)), max_size=4))
+def test_sources_are_like_the_reference_where_less_than_a_fiftieth_is_rejected(sources):
     """Of each source so many samples are known, so many of them rejected, and so many unknown."""
     p, arms, rejected, expected = [], [], [], []
     for arm, (n, n_rejected, n_unknown) in enumerate(sources):
@@ -136,10 +133,37 @@ def test_sources_are_like_the_reference_where_less_than_a_fiftieth_is_rejected(s
         p += [0.5] * n + [math.nan] * n_unknown
         arms += [arm] * (n + n_unknown)
         rejected += [True] * n_rejected + [False] * (n - n_rejected) + [True] * n_unknown
-        expected.append(50 * n_rejected < n if n >= ENOUGH else before)
+        expected.append(n >= 20 and 50 * n_rejected < n)
     arguments = double(p), torch.tensor(arms, dtype=torch.int64), torch.tensor(rejected).bool()
-    found = like_reference(*arguments, torch.full((len(sources),), before))
-    assert found.tolist() == expected
+    assert like_reference(*arguments, len(sources)).tolist() == expected
+
+
+def peer_p_value_by_hand(sample, peers):
+    """Compared over the states that saw the sample, with the peers that all of these saw."""
+    states = [state for state, c in enumerate(sample) if not math.isnan(c)]
+    others = [[row[state] for state in states] for row in peers]
+    others = [sum(row) for row in others if not any(math.isnan(c) for c in row)]
+    if not states or len(others) < 20:
+        return math.nan
+    mine = sum(sample[state] for state in states)
+    return (1 + sum(other <= mine for other in others)) / (len(others) + 1)
+
+
+@settings(deadline=None)
+@given(
+    st.integers(1, 3).flatmap(
+        lambda states: st.tuples(
+            tables(states), st.lists(st.tuples(*[values] * states), min_size=18, max_size=40)
+        )
+    )
+)
+def test_peers_are_those_that_the_same_states_saw(both):
+    n_states = len(both[1][0])
+    # Multiples of 2 ** -10, so that sums are exact in any order.
+    both = [[tuple(round(c * 1024) / 1024 if c == c else c for c in r) for r in t] for t in both]
+    found = peer_p_values(*(double(table, n_states) for table in both))
+    expected = [peer_p_value_by_hand(sample, both[1]) for sample in both[0]]
+    assert found.tolist() == pytest.approx(expected, nan_ok=True)
 
 
 few = st.sampled_from([0.0, 0.1, 0.5])

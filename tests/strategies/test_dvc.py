@@ -74,18 +74,19 @@ def hard(n, seed):
     return TensorDataset(x + 1.5 * torch.randn(x.shape, generator=generator(seed + 7)), y)
 
 
-def test_hard_samples_are_not_taken_back_for_the_wrong_ones_of_another_source():
+@pytest.mark.parametrize(("rate", "least"), [(0.0, 40), (0.05, 20)])
+def test_hard_samples_are_not_taken_back_for_the_wrong_ones_of_another_source(rate, least):
     taken_back = torch.zeros(2, dtype=torch.int64)
     for seed in range(4):
-        # Evenly drawn and never passed over, so that there is much to take back.
-        settings = {"temperature": 100.0, "disbelief_rate": 0.0, "class_slack": math.inf}
+        # Evenly drawn and hardly passed over, so that there is much to take back.
+        settings = {"temperature": 100.0, "disbelief_rate": rate, "class_slack": math.inf}
         sources = {"hard": hard(300, seed), "wrong": wrong(300, 40 + seed)}
         run = Run(DVC(take_back=1.0, **settings), sources, budget=200, steps=20)
         run.reference = hard(300, 500 + seed)
         removed = torch.cat([choice.remove for choice in run.all()])
         taken_back += torch.bincount(run.pools.arms_of(removed), minlength=2)
     assert taken_back[0] <= 2
-    assert taken_back[1] >= 40
+    assert taken_back[1] >= least
 
 
 def spoilt(n, seed):
@@ -99,9 +100,8 @@ def learnt(seed):
     sources = {"hard": hard(300, seed), "spoilt": spoilt(300, 40 + seed)}
     run = Run(DVC(take_back=1.0, temperature=100.0), sources, budget=200, steps=60)
     run.reference = hard(300, 500 + seed)
-    more = torch.cat([run.pools.draw(arm, 48, "more") for arm in range(2)])
-    run.pools.mark(more, SELECTED)
-    run.selected = torch.cat([run.selected, more])
+    for arm in range(2):
+        run.select(arm, 48)
     run.train()
     return run
 
@@ -110,7 +110,7 @@ def test_wrong_labels_that_the_model_has_learnt_are_taken_back():
     """Held-out samples alone do not show them: the model finds what it has learnt more plausible.
 
     About a hundred of 400 selected at first are wrong. Those taken back were none in four runs
-    before selected samples were compared with each other.
+    before selected samples were compared with each other, too.
     """
     n_wrong, n_right = 0, 0
     for seed in range(4):
@@ -119,8 +119,41 @@ def test_wrong_labels_that_the_model_has_learnt_are_taken_back():
         is_wrong = (removed >= 300) & (removed < 450)
         n_wrong += int(is_wrong.sum())
         n_right += int((~is_wrong).sum())
-    assert n_wrong >= 25
-    assert n_right <= n_wrong / 2
+    assert n_wrong >= 40
+    # The rate of either test is that of false discoveries: 0.35.
+    assert n_right / (n_wrong + n_right) <= 0.35 + 0.1
+
+
+def test_old_samples_are_not_taken_back_for_what_new_ones_do_not_have_yet():
+    """All are good, and a model is the surer of those it has been trained on for longer."""
+    old, new = 0, 0
+    for seed in range(4):
+        strategy = DVC(take_back=1.0, temperature=100.0)
+        run = Run(strategy, {"old": hard(200, seed)}, budget=240, oversample=2.0, steps=60)
+        run.reference = hard(300, 500 + seed)
+        run.select(0, 58)
+        run.train()
+        for number in range(ROUNDS):
+            if number == 2:
+                run.pools.add("new", Source(hard(400, 90 + seed)))
+            removed = run.round().remove
+            old += int((removed < 200).sum())
+            new += int((removed >= 200).sum())
+    assert old <= 2
+    assert new <= 20  # of about 400
+
+
+def test_what_was_found_of_sources_is_restored():
+    straight, broken, ignorant = (learnt(0) for _ in range(3))
+    for run in (straight, broken, ignorant):
+        for _ in range(2):
+            run.round()
+    state = broken.strategy.state_dict()
+    broken.strategy = DVC(take_back=1.0, temperature=100.0)
+    broken.strategy.load_state_dict(state)
+    ignorant.strategy.load_state_dict({**state, "like_reference": state["like_reference"][:0]})
+    removed = [run.round().remove.tolist() for run in (straight, broken, ignorant)]
+    assert removed[0] == removed[1] != removed[2]
 
 
 def test_where_nobody_is_ever_disbelieved_no_source_counts_as_free_of_it():
@@ -131,21 +164,31 @@ def test_where_nobody_is_ever_disbelieved_no_source_counts_as_free_of_it():
 
 
 @pytest.mark.parametrize(
+    ("rate", "most"),
+    [
+        (0.0, 10),  # compared with held-out samples only
+        (0.2, 18),  # and with each other
+    ],
+)
+@pytest.mark.parametrize(
     "settings",
     [
+        {},
         {"reference_size": 100},  # of 400
         {"review_size": 40, "reservoir_size": 40},  # of 300 selected
     ],
 )
-def test_good_samples_are_kept_where_not_all_are_looked_at_in_every_round(settings):
+def test_good_samples_are_kept_also_where_not_all_are_looked_at_in_every_round(
+    settings, rate, most
+):
     taken_back = 0
     for seed in range(3):
         sources = {name: hard(400, seed + at) for at, name in enumerate("abc")}
-        strategy = DVC(disbelief_rate=0.0, take_back=1.0, **settings)
+        strategy = DVC(disbelief_rate=rate, take_back=1.0, **settings)
         run = Run(strategy, sources, budget=300, oversample=2.0, steps=30)
         run.reference = hard(400, 500 + seed)
         taken_back += sum(len(choice.remove) for choice in run.all())
-    assert taken_back <= 10  # of 900
+    assert taken_back <= most  # of 900
 
 
 def chosen_late(rate, n_wrong, budget):
