@@ -42,8 +42,8 @@ from lightning_dvc.strategies.rewards import (
 from lightning_dvc.strategies.scoring import Scores, join_scores, score
 
 _TAKE_BACK_FROM: Final = 3
-# With so many held-out samples times the rate, a tenth of wrong targets can be told in a source.
-_TELLING: Final = 10
+# Held-out samples times the rate: with fewer, 2% of wrong targets in a source cannot be told.
+_TELLING: Final = 50
 
 
 class DVC:
@@ -105,7 +105,8 @@ class DVC:
             what fails one is taken back; in ``[0, 1]``. One compares them with held-out samples,
             or, where there are none, with each other; the other, since the model is trained on
             them, with the selected ones of sources of whose last candidates less than 2% were
-            disbelieved. See :func:`~lightning_dvc.policy.belief.peer_p_values`.
+            disbelieved, which takes ``50 / disbelief_rate`` held-out samples to tell. See
+            :func:`~lightning_dvc.policy.belief.peer_p_values`.
         class_slack: How far a class may exceed its share of the reference's label mix in one round,
             at least 1; infinite for no such rule.
         duplicate_angle: Largest angle in radians between the features of near-duplicates, of which
