@@ -44,6 +44,8 @@ from lightning_dvc.strategies.scoring import Scores, join_scores, score
 _TAKE_BACK_FROM: Final = 3
 # Held-out samples times the rate: with fewer, 2% of wrong targets in a source cannot be told.
 _TELLING: Final = 50
+# Of the rate, for each of two tests that may both take a sample back.
+_OF_TWO: Final = 0.7
 
 
 class DVC:
@@ -101,11 +103,11 @@ class DVC:
             the share that may be like held-out ones, in ``[0, 1]``; 0 for no such rule. Of fewer
             than ``1 / disbelief_rate - 1`` held-out samples none is rare enough to tell. See
             :func:`~lightning_dvc.policy.belief.disbelieved`.
-        disown_rate: The rate of two tests of selected samples, by what recent model states found;
-            what fails one is taken back; in ``[0, 1]``. One compares them with held-out samples,
-            or, where there are none, with each other; the other, since the model is trained on
-            them, with the selected ones of sources of whose last candidates less than 2% were
-            disbelieved, which takes ``50 / disbelief_rate`` held-out samples to tell. See
+        disown_rate: The same for selected samples, by what recent model states found: those are
+            taken back; in ``[0, 1]``. Where nothing is held out, they are compared with each other.
+            With ``50 / disbelief_rate`` held-out samples or more there is a second test, since the
+            model is trained on them: beside the selected ones of sources of whose last candidates
+            less than 2% were disbelieved. Either then has 0.7 of the rate. See
             :func:`~lightning_dvc.policy.belief.peer_p_values`.
         class_slack: How far a class may exceed its share of the reference's label mix in one round,
             at least 1; infinite for no such rule.
@@ -153,7 +155,7 @@ class DVC:
         stability_window: int = 4,
         take_back: float = 0.1,
         disbelief_rate: float = 0.2,
-        disown_rate: float = 0.35,
+        disown_rate: float = 0.5,
         class_slack: float = 1.5,
         duplicate_angle: float = 0.1,
         density: Literal["exact", "lsh"] = "exact",
@@ -254,8 +256,7 @@ class DVC:
             doubted = disbelieved(p_values, arms, self.disbelief_rate)
             self._like_reference = like_reference(p_values, arms, doubted, bandit.n_arms)
             # A test that could hardly have told says nothing.
-            tells = len(examined.held_out_confidence) * self.disbelief_rate >= _TELLING
-            self._like_reference &= tells
+            self._like_reference &= self._tells(examined)
             choice, positions = self._pick(
                 this, scores, values, weights, examined, doubted, quota, removed
             )
@@ -338,10 +339,11 @@ class DVC:
         most = min(int(self.take_back * len(this.selected)), max(spare, 0))
         confidence, arms = examined.selected_confidence, this.pools.arms_of(this.selected)
         p_values = conformal_p_values(confidence, examined.reference_confidence)
-        among = disbelieved(p_values, arms, self.disown_rate)
+        rate = self.disown_rate * (_OF_TWO if self._tells(examined) else 1.0)
+        among = disbelieved(p_values, arms, rate)
         peers = confidence[self._like_reference_of(this.pools)[arms]]
         beside_peers = peer_p_values(confidence, peers)
-        among |= disbelieved(beside_peers, arms, self.disown_rate)
+        among |= disbelieved(beside_peers, arms, rate)
         p_values = p_values.fmin(beside_peers)
         return this.selected[least_believed(p_values, confidence, among, most)]
 
@@ -419,6 +421,10 @@ class DVC:
     def _p_values(self, confidence: Tensor, examined: Examined) -> Tensor:
         """Of candidates, ``(n,)``; NaN without held-out samples."""
         return conformal_p_values(confidence[:, :1].float(), examined.held_out_confidence)
+
+    def _tells(self, examined: Examined) -> bool:
+        """Whether held-out samples are enough to tell which sources are like them."""
+        return len(examined.held_out_confidence) * self.disbelief_rate >= _TELLING
 
     def _look_again(self, this: Round, rewards: ArmRewards, ids: Tensor) -> None:
         """Let suspects that are believed after all count for their sources.

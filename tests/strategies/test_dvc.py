@@ -120,7 +120,7 @@ def test_wrong_labels_that_the_model_has_learnt_are_taken_back():
         n_wrong += int(is_wrong.sum())
         n_right += int((~is_wrong).sum())
     assert n_wrong >= 40
-    # The rate of either test is that of false discoveries: 0.35.
+    # The rate of either test, that of false discoveries, is 0.7 times 0.5.
     assert n_right / (n_wrong + n_right) <= 0.35 + 0.1
 
 
