@@ -44,8 +44,8 @@ from lightning_dvc.strategies.scoring import Scores, join_scores, score
 _TAKE_BACK_FROM: Final = 3
 # Held-out samples times the rate: with fewer, 2% of wrong targets in a source cannot be told.
 _TELLING: Final = 50
-# Of the rate, for each of two tests that may both take a sample back: with all of it for each, 5% of
-# the good samples of sources alike were taken back, with this 1.5%.
+# Of the rate, for each of two tests that may both take a sample back: with all of it for each, 5%
+# of the good samples of sources alike were taken back, with this 1.5%.
 _OF_TWO: Final = 0.7
 
 
