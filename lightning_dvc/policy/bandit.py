@@ -102,44 +102,32 @@ class SourceBandit:
         self._relative_costs = _relative_to_mean([1.0] * n_arms if costs is None else costs)
         self._counts = torch.zeros(n_arms, dtype=torch.float64)
         self._sums = torch.zeros(n_arms, dtype=torch.float64)
-        # What each round in the window added to both, (rounds, 2, K); none are kept without one.
-        self._recent = torch.empty(0, 2, n_arms, dtype=torch.float64)
+        # Rewards (rounds, K) of the rounds in the window; none are kept without one.
+        self._recent = torch.empty(0, n_arms, dtype=torch.float64)
 
-    def update(self, rewards: Tensor, candidates: Tensor | None = None) -> None:
-        r"""Learn what one round yielded.
+    def update(self, rewards: Tensor) -> None:
+        """Learn what one round yielded.
 
         Every round discounts what went before it, or moves the window on, for all arms, observed
-        or not. In an arm's mean and its count ``N_k``, a reward that is one of ``n_k`` candidates
-        weighs :math:`\sqrt{n_k / \bar n}`, with their mean :math:`\bar n` over all arms: less
-        than one of many, but not in proportion, since what more of the same round's candidates
-        tell is of one state of the model.
+        or not.
 
         Args:
             rewards: ``(K,)`` reward of each arm in ``[0, 1]``; NaN for an arm not observed.
-            candidates: ``(K,)`` of how many candidates each is the reward, at least 1 where one
-                was observed. None: of equally many.
 
         Raises:
-            ConfigurationError: If a shape is wrong, a reward is outside ``[0, 1]``, or one is of no
-                candidates.
+            ConfigurationError: If the shape is wrong or a reward is outside ``[0, 1]``.
 
         Example:
             >>> bandit = SourceBandit(2)
             >>> bandit.update(torch.tensor([0.5, torch.nan]))
             >>> bandit.index().tolist()[1]
             inf
-            >>> bandit = SourceBandit(2, exploration=0)
-            >>> bandit.update(torch.tensor([0.5, 0.5]), torch.tensor([50, 50]))
-            >>> bandit.update(torch.tensor([0.8, 0.2]), torch.tensor([98, 2]))
-            >>> [round(index, 2) for index in bandit.index().tolist()]
-            [0.68, 0.45]
         """
-        for name, given in (("reward", rewards), ("number of candidates", candidates)):
-            if given is not None and given.shape != (self.n_arms,):
-                raise ConfigurationError(
-                    f"expected one {name} for each of {self.n_arms} arms, but the shape is "
-                    f"{tuple(given.shape)}; use NaN as the reward of an arm that was not observed"
-                )
+        if rewards.shape != (self.n_arms,):
+            raise ConfigurationError(
+                f"expected one reward for each of {self.n_arms} arms, but the shape of rewards is "
+                f"{tuple(rewards.shape)}; use NaN for an arm that was not observed"
+            )
         rewards = rewards.detach().to("cpu", torch.float64)
         observed = ~rewards.isnan()
         if not ((rewards[observed] >= 0) & (rewards[observed] <= 1)).all():
@@ -147,21 +135,11 @@ class SourceBandit:
                 f"rewards must be in [0, 1], but are {rewards.tolist()}; rescale or clamp them, "
                 "and use NaN for an arm that was not observed"
             )
-        weights = observed.double()
-        if candidates is not None:
-            candidates = candidates.to("cpu", torch.float64)
-            if not (candidates[observed] >= 1).all():
-                raise ConfigurationError(
-                    f"every reward must be of at least 1 candidate, but they are of "
-                    f"{candidates.tolist()}; use NaN as the reward of an arm that was not observed"
-                )
-            weights = weights * (candidates / candidates.mean()).sqrt().nan_to_num()
-        added = torch.stack([weights, weights * rewards.nan_to_num()])
         if self.window is None:
-            self._counts = self.discount * self._counts + added[0]
-            self._sums = self.discount * self._sums + added[1]
+            self._counts = self.discount * self._counts + observed
+            self._sums = self.discount * self._sums + rewards.nan_to_num()
         else:
-            self._look_back(torch.cat([self._recent, added[None]]), self.window)
+            self._look_back(torch.cat([self._recent, rewards[None]]), self.window)
 
     def index(self) -> Tensor:
         r"""Upper confidence index of each arm, what is above ``worthless`` per unit of cost.
@@ -173,7 +151,7 @@ class SourceBandit:
                 B_k & \text{otherwise}
             \end{cases}
 
-        with the mean reward and the count ``N_k``, both as :meth:`update` weighs rounds, ``t`` the
+        with the mean reward and the count ``N_k``, both discounted or within the window, ``t`` the
         sum of the counts, ``c`` the exploration and ``w`` the reward ``worthless``. Without a
         discount or window and with one pull per round, ``t + 1`` is the number of the pull that is
         being decided, as the proof of the regret bound has it. Costs are relative to their mean, so
@@ -262,14 +240,14 @@ class SourceBandit:
     def state_dict(self) -> dict[str, Tensor]:
         """What was learnt: counts and reward sums, each ``(K,)``.
 
-        They are discounted, or those of the window; then ``recent`` holds what each round in it
-        added to them, ``(rounds, 2, K)``, the last one last.
+        They are discounted, or those of the window; then ``recent`` holds the rewards
+        ``(rounds, K)`` of the rounds in it, the last one last.
 
         Example:
             >>> sorted(SourceBandit(2).state_dict())
             ['counts', 'sums']
             >>> SourceBandit(2, window=5).state_dict()["recent"].shape
-            torch.Size([0, 2, 2])
+            torch.Size([0, 2])
         """
         state = {"counts": self._counts.clone(), "sums": self._sums.clone()}
         if self.window is not None:
@@ -304,22 +282,23 @@ class SourceBandit:
                 f"have the shape {shape}; load it with the sources that it was saved with, which "
                 "only new ones may follow"
             )
-        self._counts = self._widened(state["counts"])
-        self._sums = self._widened(state["sums"])
+        self._counts = self._widened(state["counts"], 0.0)
+        self._sums = self._widened(state["sums"], 0.0)
         if self.window is not None:
-            rounds = state.get("recent", torch.empty(0, 2, self.n_arms))
-            self._look_back(self._widened(rounds), self.window)
+            rounds = state.get("recent", torch.empty(0, self.n_arms))
+            self._look_back(self._widened(rounds, torch.nan), self.window)
 
-    def _widened(self, saved: Tensor) -> Tensor:
+    def _widened(self, saved: Tensor, unknown: float) -> Tensor:
         """A copy of ``(..., k)`` saved numbers with a column for each of the ``K >= k`` arms."""
-        wide = torch.zeros(*saved.shape[:-1], self.n_arms, dtype=torch.float64)
+        wide = torch.full((*saved.shape[:-1], self.n_arms), unknown, dtype=torch.float64)
         wide[..., : saved.shape[-1]] = saved
         return wide
 
     def _look_back(self, rounds: Tensor, window: int) -> None:
-        """Let the last ``window`` of the rounds ``(rounds, 2, K)`` count, and nothing before."""
+        """Let the last ``window`` of the rewards ``(rounds, K)`` count, and nothing before."""
         self._recent = rounds[-window:].clone()
-        self._counts, self._sums = self._recent.sum(0)
+        self._counts = (~self._recent.isnan()).sum(0, dtype=torch.float64)
+        self._sums = self._recent.nansum(0)
 
     def _limit(self, name: str, limit: Tensor) -> Tensor:
         if limit.shape != (self.n_arms,) or limit.is_floating_point() or bool((limit < 0).any()):

@@ -113,12 +113,10 @@ class DVC:
         class_slack: How far a class may exceed its share of the reference's label mix in one round,
             at least 1; infinite for no such rule.
         duplicate_angle: Largest angle in radians between the features of near-duplicates, of which
-            one is kept, in ``[0, pi]``. Of a source no more candidates are drawn than its last ones
-            let expect samples that repeat nothing, while others have enough. Set aside while more
-            than a fifth of the reference samples seem to repeat each other, as in very few
-            dimensions. In the last round, and for the least share of a source, the rules for
-            classes, near-duplicates and disbelief give way in this order where the quota would not
-            be met otherwise.
+            one is kept, in ``[0, pi]``. Set aside while more than a fifth of the reference samples
+            seem to repeat each other, as in very few dimensions. In the last round, and for the
+            least share of a source, the rules for classes, near-duplicates and disbelief give way
+            in this order where the quota would not be met otherwise.
         density: How the diversity metric estimates densities: ``"exact"``, or ``"lsh"``, which pays
             off for reservoirs of very many samples.
         cache_bytes: Memory for what was captured of candidates, in case they are drawn again, at
@@ -199,10 +197,8 @@ class DVC:
         self.refines = refine
         self._new_bandit(1)  # refuses settings that cannot be before training starts
         self._bandit: SourceBandit | None = None
-        # Of each source, by its last candidates: whether they were like held-out samples, and the
-        # share that nearly repeated others or selected samples.
+        # Which sources had candidates like held-out samples in the last round.
         self._like_reference = torch.empty(0, dtype=torch.bool)
-        self._repeating = torch.empty(0, dtype=torch.float64)
         self._observer = Observer(
             self.weights.measures,
             ObserverSettings(
@@ -276,10 +272,10 @@ class DVC:
                 if alignment is not None:
                     acquitted = (p_values <= self.disbelief_rate) & ~doubted
                     self._look_again(this, alignment, scores.ids[acquitted])
-                earned, judged_by = self._earned(this, arms, values, positions, alignment)
+                earned = self._earned(this, arms, values, positions, alignment)
                 # Of the first process, whose reference may be augmented otherwise.
                 earned = this.group.first(earned, this.probe.device)
-                _learn(bandit, earned, this.group.first(judged_by, this.probe.device))
+                _learn(bandit, earned)
         choice.figures.update(self._figures(this, earned, alpha))
         return choice
 
@@ -295,7 +291,6 @@ class DVC:
             "score": self._score,
             "bandit": self._bandit and self._bandit.state_dict(),
             "like_reference": self._like_reference,
-            "repeating": self._repeating,
             "gain": self._gain.state_dict(),
             "layer_weights": self.layer_weights.state_dict(),
             "observer": self._observer.state_dict(),
@@ -305,7 +300,7 @@ class DVC:
         """Go on from a saved state; settings stay this object's own."""
         self.weights.load_state_dict(state["weights"])
         self._asked, self._score = state["asked"], state["score"]
-        self._like_reference, self._repeating = state["like_reference"], state["repeating"]
+        self._like_reference = state["like_reference"]
         self._observer.load_state_dict(state["observer"])
         self._gain.load_state_dict(state["gain"])
         self.layer_weights.load_state_dict(state["layer_weights"])
@@ -320,6 +315,12 @@ class DVC:
         if self._bandit:
             bandit.load_state_dict(self._bandit.state_dict())
         return bandit
+
+    def _like_reference_of(self, pools: Pools) -> Tensor:
+        """``(K,)`` bool, which had candidates like held-out samples last; no new source had."""
+        known = torch.zeros(len(pools.names), dtype=torch.bool)
+        known[: len(self._like_reference)] = self._like_reference
+        return known
 
     def _weigh(self, this: Round, score: float | None) -> Tensor:
         """Tell the weight policy what followed its last answer, and ask for the next."""
@@ -341,7 +342,7 @@ class DVC:
         p_values = conformal_p_values(confidence, examined.reference_confidence)
         rate = self.disown_rate * (_OF_TWO if self._tells(examined) else 1.0)
         among = disbelieved(p_values, arms, rate)
-        peers = confidence[_widened(self._like_reference, this.pools)[arms]]
+        peers = confidence[self._like_reference_of(this.pools)[arms]]
         beside_peers = peer_p_values(confidence, peers)
         among |= disbelieved(beside_peers, arms, rate)
         p_values = p_values.fmin(beside_peers)
@@ -353,12 +354,6 @@ class DVC:
         floor, ceiling = this.arm_bounds(removed, quota)
         # Candidates beyond what a source may add would be missing elsewhere.
         floor, ceiling = this.candidate_bounds(floor, ceiling)
-        # So would those that nearly repeat others; one each, to see whether they still do.
-        share = 1 - _widened(self._repeating, this.pools)
-        usable = (share * this.pools.stock).ceil().to(torch.int64).clamp(min=1)
-        usable = torch.minimum(usable.maximum(floor), ceiling)
-        if int(usable.sum()) >= wanted:
-            ceiling = usable
         counts = bandit.allocate(wanted, this.pools.stock, floor, ceiling)
         drawn = [
             this.pools.draw(arm, count, "candidates", this.number)
@@ -401,13 +396,11 @@ class DVC:
     ) -> tuple[Choice, Tensor]:
         """The best candidates under the diversification rules, and their positions."""
         floor, ceiling = this.arm_bounds(removed, quota)
-        arms = this.pools.arms_of(scores.ids)
         known, among = self._observer.duplicates(scores.codes)
-        self._note_repeats(this.pools, arms, known, among)
         found = diversify(
             values,
             scores.ids,
-            arms,
+            this.pools.arms_of(scores.ids),
             scores.labels,
             quota=quota,
             arm_ceiling=ceiling,
@@ -425,18 +418,6 @@ class DVC:
         figures["candidates"] = float(len(scores))
         raw = scores.rows(places).raw()
         return Choice(scores.ids[places], values[places], raw, weights, removed, figures), places
-
-    def _note_repeats(
-        self, pools: Pools, arms: Tensor, known: Tensor | None, among: Tensor | None
-    ) -> None:
-        """Remember the share of each source's candidates that repeat another or what is known."""
-        repeats = torch.zeros(len(arms), dtype=torch.float64)
-        if known is not None and among is not None:
-            repeats[known] = 1
-            repeats[among[:, 1]] = 1
-        share = mean_by_arm(repeats, arms, len(pools.names))
-        before = _widened(self._repeating, pools)
-        self._repeating = torch.where(share.isnan(), before, share)
 
     def _p_values(self, confidence: Tensor, examined: Examined) -> Tensor:
         """Of candidates, ``(n,)``; NaN without held-out samples."""
@@ -467,19 +448,18 @@ class DVC:
 
     def _earned(
         self, this: Round, arms: Tensor, values: Tensor, chosen: Tensor, found: ArmRewards | None
-    ) -> tuple[Tensor, Tensor]:
-        """Rewards ``(K,)`` known as soon as a round is over, and of how many candidates each is."""
+    ) -> Tensor:
+        """Rewards ``(K,)`` that are known as soon as a round is over."""
         n_arms = len(this.pools.names)
-        drawn = torch.bincount(arms, minlength=n_arms)
         if found is not None:
-            rewards, judged_by = found.rewards(this.group), found.counts(this.group)
+            rewards = found.rewards(this.group)
             # A source all of whose candidates are disbelieved is of no use, unless they are so few
             # that it may be chance.
-            worthless = rewards.isnan() & (drawn * self.disbelief_rate >= 1)
-            return rewards.masked_fill(worthless, 0.0), torch.where(worthless, drawn, judged_by)
+            many = torch.bincount(arms, minlength=n_arms) * self.disbelief_rate >= 1
+            return rewards.masked_fill(rewards.isnan() & many, 0.0)
         if self.reward == "acceptance":
             values = torch.zeros_like(values).index_fill(0, chosen, 1.0)
-        return mean_by_arm(values, arms, n_arms), drawn
+        return mean_by_arm(values, arms, n_arms)
 
     def _class_ceiling(self, labels: Tensor, reference: Tensor, quota: int) -> Tensor | None:
         highest = max(torch.cat([labels, reference]).tolist(), default=-1)
@@ -488,14 +468,7 @@ class DVC:
         return class_ceilings(reference, highest + 1, quota, self.class_slack)
 
 
-def _widened(known: Tensor, pools: Pools) -> Tensor:
-    """What is known of each source, ``(K,)``, with zeros for those that have come since."""
-    wide = known.new_zeros(len(pools.names))
-    wide[: len(known)] = known
-    return wide
-
-
-def _learn(bandit: SourceBandit, earned: Tensor, candidates: Tensor | None = None) -> None:
+def _learn(bandit: SourceBandit, earned: Tensor) -> None:
     """Tell what a round earned; one that looked at nothing is no reason to forget."""
     if not bool(earned.isnan().all()):
-        bandit.update(earned, candidates)
+        bandit.update(earned)

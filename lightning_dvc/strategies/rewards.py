@@ -93,10 +93,6 @@ class ArmRewards:
                 self.add(number, part, arms[rows])
         self.close(arms)
 
-    def counts(self, group: Group) -> Tensor:
-        """``(K,)`` int64 on the CPU, how many candidates all processes took in of each arm."""
-        return group.sum(self._counts.to(self._sums[0].device)).cpu()
-
     def rewards(self, group: Group) -> Tensor:
         """Add up what all processes took in.
 
@@ -104,6 +100,7 @@ class ArmRewards:
             ``(K,)`` float64 in ``[0, 1]`` on the CPU; NaN for an arm without candidates, and 1/2
             where a mean gradient vanishes.
         """
+        counts = group.sum(self._counts.to(self._sums[0].device)).cpu()
         products, squares, length = (torch.zeros((), dtype=torch.float64) for _ in range(3))
         for total, full in zip(self._sums, self._reference, strict=True):
             total = group.sum(total).flatten(1)
@@ -112,7 +109,7 @@ class ArmRewards:
             length = length + full.square().sum().cpu()
         lengths = (squares * length).sqrt()
         cosine = torch.where(lengths > 0, products / lengths, 0.0).clamp(-1, 1)
-        return torch.where(self.counts(group) > 0, (1 + cosine) / 2, torch.nan)
+        return torch.where(counts > 0, (1 + cosine) / 2, torch.nan)
 
 
 def mean_by_arm(numbers: Tensor, arms: Tensor, n_arms: int) -> Tensor:

@@ -1,5 +1,4 @@
 import math
-import statistics
 from fractions import Fraction
 from functools import partial
 
@@ -101,63 +100,6 @@ def test_a_window_that_holds_all_rounds_forgets_none(rounds):
         windowed.update(torch.tensor(rewards, dtype=torch.float64))
         plain.update(torch.tensor(rewards, dtype=torch.float64))
     torch.testing.assert_close(windowed.index(), plain.index())
-
-
-def weighted_index_by_hand(rounds, n_arms, discount, exploration):
-    """As above, of rounds of pairs: a reward, and of how many candidates it is."""
-    seen = [[] for _ in range(n_arms)]
-    for age, pairs in enumerate(reversed(rounds)):
-        mean = statistics.mean(n for _, n in pairs)
-        for arm, (r, n) in zip(seen, pairs, strict=True):
-            if not math.isnan(r):
-                arm.append((discount**age * math.sqrt(n / mean), r))
-    counts = [sum(w for w, _ in arm) for arm in seen]
-    index = []
-    for count, arm in zip(counts, seen, strict=True):
-        if not arm:
-            index.append(math.inf)
-            continue
-        width = math.sqrt(2 * math.log(sum(counts) + 1) / count)
-        index.append(sum(w * r for w, r in arm) / count + exploration * width)
-    return index
-
-
-of_candidates = st.tuples(reward, st.integers(1, 500))
-
-
-@settings(deadline=None)
-@given(
-    rounds=st.lists(st.tuples(of_candidates, of_candidates, of_candidates), max_size=8),
-    forgetting=st.sampled_from([{}, {"discount": 0.5}, {"window": 1}, {"window": 3}]),
-)
-def test_a_reward_weighs_by_the_root_of_its_candidates(rounds, forgetting):
-    bandit = SourceBandit(3, exploration=0.05, **forgetting)
-    for pairs in rounds:
-        rewards, candidates = zip(*pairs, strict=True)
-        bandit.update(torch.tensor(rewards, dtype=torch.float64), integers(*candidates))
-    counted = rounds[-forgetting["window"] :] if "window" in forgetting else rounds
-    expected = weighted_index_by_hand(counted, 3, forgetting.get("discount", 1.0), 0.05)
-    torch.testing.assert_close(bandit.index(), torch.tensor(expected, dtype=torch.float64))
-
-
-@settings(deadline=None)
-@given(st.lists(st.tuples(reward, reward), max_size=8), st.integers(1, 500))
-def test_rewards_of_equally_many_candidates_count_as_one_each(rounds, n):
-    bandit, plain = SourceBandit(2), SourceBandit(2)
-    for rewards in rounds:
-        bandit.update(torch.tensor(rewards, dtype=torch.float64), integers(n, n))
-        plain.update(torch.tensor(rewards, dtype=torch.float64))
-    assert torch.equal(bandit.index(), plain.index())
-
-
-def test_what_two_candidates_say_against_an_arm_does_not_put_it_off():
-    """Of the same bad reward by half of the candidates it is put off."""
-    good_so_far, then = torch.tensor([0.9, 0.9]), torch.tensor([0.9, 0.5])
-    for candidates, expected in ((integers(198, 2), True), (integers(100, 100), False)):
-        bandit = SourceBandit(2)
-        bandit.update(good_so_far, integers(100, 100))
-        bandit.update(then, candidates)
-        assert (bandit.allocate(100, integers(500, 500))[1] > 20) == expected
 
 
 def test_an_arm_outside_the_window_counts_as_never_observed():
@@ -553,7 +495,7 @@ def test_cost_counts_for_what_is_above_worthless_only():
 def test_state_round_trip_goes_on_alike(before, after, how):
     bandit, other = SourceBandit(2, **how), SourceBandit(2, **how)
     for rewards in before:
-        bandit.update(torch.tensor(rewards, dtype=torch.float64), integers(9, 2))
+        bandit.update(torch.tensor(rewards, dtype=torch.float64))
     other.load_state_dict(bandit.state_dict())
     for rewards in after:
         bandit.update(torch.tensor(rewards, dtype=torch.float64))
@@ -601,7 +543,7 @@ def test_windowed_state_is_a_copy_no_larger_than_its_window_and_loads_with_weigh
     for number in range(50):
         bandit.update(torch.tensor([number / 50, NAN]))
     state = bandit.state_dict()
-    assert state["recent"].untyped_storage().nbytes() == 3 * 2 * 2 * 8
+    assert state["recent"].untyped_storage().nbytes() == 3 * 2 * 8
     torch.save(state, tmp_path / "state.pt")
     state["recent"].fill_(0.0)
     saved = torch.load(tmp_path / "state.pt", weights_only=True)
@@ -661,27 +603,6 @@ def test_bad_rewards_are_refused_and_change_nothing(bad):
     with pytest.raises(ConfigurationError):
         bandit.update(torch.tensor(bad))
     assert bandit.index().isinf().all()
-
-
-@pytest.mark.parametrize(
-    ("candidates", "message"),
-    [
-        ([3], r"one number of candidates for each of 2 arms.*\(1,\); use NaN"),
-        ([0, 3], r"at least 1 candidate, but they are of \[0\.0, 3\.0\]; use NaN"),
-        ([-1, 3], "at least 1 candidate"),
-    ],
-)
-def test_rewards_of_no_candidates_are_refused_and_change_nothing(candidates, message):
-    bandit = SourceBandit(2)
-    with pytest.raises(ConfigurationError, match=message):
-        bandit.update(torch.tensor([0.5, 0.5]), integers(*candidates))
-    assert bandit.index().isinf().all()
-
-
-def test_of_an_arm_not_observed_the_candidates_do_not_matter():
-    bandit = SourceBandit(2)
-    bandit.update(torch.tensor([0.5, NAN]), integers(4, 0))
-    assert bandit.index().isinf().tolist() == [False, True]
 
 
 @pytest.mark.parametrize(

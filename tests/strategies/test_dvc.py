@@ -35,32 +35,14 @@ def test_the_best_candidates_are_chosen_by_the_weighted_ranks():
     assert choice.raw[:, 4].mean() > everything.mean()
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_repetitions_are_chosen_once(seed):
-    sources = {"good": good(seed=seed), "repeated": repeated(distinct=4)}
+def test_repetitions_are_chosen_once():
+    sources = {"good": good(), "repeated": repeated(distinct=4)}
     run = Run(DVC(), sources)
     run.all()
     mine = run.selected[run.pools.arms_of(run.selected) == 1]
     rows = torch.stack([run.pools.dataset[i][0] for i in mine.tolist()])
     # The warm-up draws blindly, so that its two may repeat each other.
     assert len(mine) <= len(rows.unique(dim=0)) + 1 <= 5
-
-
-def test_a_source_that_repeats_itself_is_looked_at_but_takes_no_ones_place():
-    strategy = DVC(disbelief_rate=0.0, temperature=100.0)
-    run = Run(strategy, {"good": good(400), "repeated": repeated(distinct=1)})
-    run.round()
-    for _ in range(ROUNDS - 1):
-        before = bandit_counts(run)
-        n = int(run.round().figures["candidates"])
-        weight_good, weight_repeated = (bandit_counts(run) - before).tolist()
-        assert (weight_repeated / weight_good) ** 2 == pytest.approx(1 / (n - 1))
-
-
-def test_where_nothing_else_is_left_repetitions_fill_the_budget():
-    run = Run(DVC(), {"good": good(20), "repeated": repeated(distinct=4)})
-    run.all()
-    assert len(run.selected) == BUDGET
 
 
 def in_a_plane(dataset):
@@ -406,40 +388,8 @@ def test_the_bandit_remembers_the_rounds_of_its_window():
     for _ in range(3):
         run.round()
     state = run.strategy.state_dict()["bandit"]
-    assert state["recent"].shape == (2, 2, 3)
-    assert torch.equal(state["counts"], state["recent"][:, 0].sum(0))
-
-
-@pytest.mark.parametrize("reward", ["alignment", "value", "acceptance"])
-def test_rewards_of_few_candidates_weigh_less(reward):
-    strategy = DVC(reward=reward, disbelief_rate=0.0)
-    run = Run(strategy, {"few": good(6), "many": good(400, seed=9)})
-    n = torch.tensor([4, run.round().figures["candidates"] - 4]).double()  # two warmed up
-    torch.testing.assert_close(bandit_counts(run), (n / n.mean()).sqrt())
-
-
-def test_disbelieved_candidates_do_not_add_to_the_weight_of_a_reward():
-    sources = {"good": good(400), "mixed": half_wrong()}
-    run = Run(DVC(temperature=100.0, take_back=0.0), sources, budget=200, steps=60)
-    run.round()
-    before = bandit_counts(run)
-    run.round()
-    weight_good, weight_mixed = (bandit_counts(run) - before).tolist()
-    assert 0.3 < (weight_mixed / weight_good) ** 2 < 0.6  # of equally many, half are wrong
-
-
-def test_all_of_a_source_that_is_wholly_disbelieved_are_what_its_reward_is_of():
-    strategy = DVC(temperature=100.0, take_back=0.0)
-    run = Run(strategy, {"good": good(400), "wrong": wrong(100)}, budget=200, steps=60)
-    run.round()
-    run.round()
-    before = bandit_counts(run)
-    assert run.round().figures["reward/wrong"] == 0  # by now the model knows
-    assert (bandit_counts(run) - before).tolist() == pytest.approx([1, 1], abs=0.1)
-
-
-def bandit_counts(run):
-    return run.strategy.state_dict()["bandit"]["counts"]
+    assert state["recent"].shape == (2, 3)
+    assert state["counts"].max() <= 2
 
 
 def arms_added(run, choice):
