@@ -18,6 +18,7 @@ from examples.paper.experiment import (
     DATASETS,
     FEW_OR_MANY,
     N_VAL,
+    SEEDS,
     Job,
     job_of,
     runner,
@@ -26,10 +27,17 @@ from examples.paper.methods import METHODS, PARTS, WITHOUT_BUDGET
 from examples.runs import read_rows, run_all
 
 
-def jobs_of(table: str, seeds: Sequence[int], datasets: Sequence[str]) -> Iterator[Job]:
-    """The runs of a table, seed by seed, so that a part of them is a smaller table."""
-    for seed, dataset in product(seeds, datasets):
-        yield from _CELLS[table](dataset, seed)
+def jobs_of(table: str, seeds: Sequence[int] | None, datasets: Sequence[str]) -> Iterator[Job]:
+    """The runs of a table, seed by seed, so that a part of them is a smaller table.
+
+    Args:
+        table: Name of the table.
+        seeds: The seeds of each data set; None: as many as it has in ``SEEDS``.
+        datasets: Names of data sets.
+    """
+    for seed, dataset in product(seeds or range(max(SEEDS.values())), datasets):
+        if seeds or seed < SEEDS[dataset]:
+            yield from _CELLS[table](dataset, seed)
 
 
 def _table1(dataset: str, seed: int) -> Iterator[Job]:
@@ -70,7 +78,7 @@ def main() -> None:
     parser.add_argument("--datasets", nargs="+", choices=list(DATASETS), default=list(DATASETS))
     parser.add_argument("--methods", nargs="+", help="only some of them")
     parser.add_argument("--budgets", nargs="+", type=float, help="only some of them")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--seeds", nargs="+", type=int, help="0 to 4; of wine, 0 to 39")
     parser.add_argument("--rows", nargs="+", type=int, default=[3000, 6000, 12_000])
     parser.add_argument("--accelerator", choices=["cpu", "gpu"], default="cpu", help="of table3")
     parser.add_argument("--processes", type=int, default=2, help="but for table3, which takes one")
@@ -98,7 +106,7 @@ def _tables(arguments: argparse.Namespace, path: Path) -> str:
 def _table3(arguments: argparse.Namespace, path: Path) -> str:
     done = {scale.job_of(row): row for row in read_rows(path)}
     if not arguments.only_report:
-        wanted = scale.jobs_of(arguments.rows, arguments.seeds)
+        wanted = scale.jobs_of(arguments.rows, arguments.seeds or range(SEEDS["cifar10"]))
         jobs = [job for job in wanted if job not in done and _is_wanted(job, arguments)]
         run = scale.runner(arguments.data_dir, arguments.accelerator)
         done |= {scale.job_of(row): row for row in run_all(jobs, run, path, scale.COLUMNS, 1)}

@@ -167,17 +167,16 @@ def _error_of_share(rows: Rows, job: Job) -> str:
 
 
 def seconds(rows: Rows) -> str:
-    """Seconds of selection and of training, per method, means over all runs."""
+    """Seconds of selection and of training, per method, means over cells of their mean runs."""
     lines = []
     for name in METHODS:
-        own = [row for job, row in rows.items() if job.method == name]
-        if not own:
+        cells = sorted({job._replace(seed=0) for job in rows if job.method == name})
+        if not cells:
             continue
-        spent = [
-            np.array([float(row[column]) for row in own])
+        selection, warmup, training = (
+            np.mean([numbers(rows, column, one).mean() for one in cells])
             for column in ("selection_s", "warmup_s", "training_s")
-        ]
-        selection, warmup, training = (values.mean() for values in spent)
+        )
         share = (selection + warmup) / (selection + warmup + training)
         lines.append(
             [NAMES[name], *(f"{x:.1f}" for x in (selection, warmup, training)), f"{share:.0%}"]

@@ -1,6 +1,7 @@
 """The harness of the paper's experiments, on data small enough for a test."""
 
 import math
+from collections import Counter
 from itertools import product
 
 import numpy as np
@@ -101,6 +102,8 @@ def test_what_a_gpu_ran_is_kept_apart_from_what_a_cpu_did(tmp_path, monkeypatch,
 def test_a_table_is_made_of_all_its_cells():
     jobs = list(jobs_of("table1", [0, 1], ["mnist", "wine"]))
     assert len(jobs) == len(set(jobs)) == 2 * 2 * (3 + 4 * 10)
+    usual = Counter(job.dataset for job in jobs_of("table1", None, ["mnist", "wine"]))
+    assert usual == {"mnist": 5 * (3 + 4 * 10), "wine": 40 * (3 + 4 * 10)}
     assert len(list(jobs_of("sizes", [0], list(experiment.DATASETS)))) == 3 * 3 * (1 + 2 * 10)
     assert len(list(jobs_of("table2", [0], list(experiment.DATASETS)))) == 4 * len(PARTS)
     assert len(list(scale.jobs_of([10, 20], [0]))) == 2 * (1 + 3 * 3)
@@ -132,6 +135,16 @@ def test_reports_say_what_the_rows_do(tmp_path):
     for name, draw in report.PLOTS.items():
         draw(rows, tmp_path / f"{name}.svg")
         assert (tmp_path / f"{name}.svg").stat().st_size > 10_000
+
+
+def test_seconds_are_of_cells_not_of_runs():
+    """Nine short runs of one data set count no more than one long run of another."""
+    rows = {}
+    for name, n_seeds, spent in (("wine", 9, "1"), ("mnist", 1, "5")):
+        for seed in range(n_seeds):
+            columns = dict.fromkeys(("selection_s", "warmup_s", "training_s"), spent)
+            rows[Job("dvc", name, 0.1, N_VAL, seed)] = columns
+    assert "| DVC | 3.0 | 3.0 | 3.0 | 67% |" in report.seconds(rows)
 
 
 def test_methods_are_compared_over_the_seeds_that_all_have():
