@@ -56,7 +56,7 @@ class DVCCallback(Callback):
             has taken more, a round that is due is left out, and those that follow add more; the
             first and the last always take place. The log says how many were left out; which ones
             depends on the clock, so such a run cannot be repeated exactly. On small models, where
-            every round takes too long, it costs much of the gain (docs/results.md). No limit when
+            every round takes too long, it costs much of the gain (docs/tried.md). No limit when
             not given.
         objective: A function ``(module, batch)`` that returns per-sample ``(losses, outputs)`` or
             ``(losses, outputs, targets)``; needed only for a ``training_step`` whose loss is not

@@ -3,7 +3,9 @@
 Run ``python -m examples.paper table1 --data-dir DIR``; likewise ``sizes`` (Table 1 with other sizes
 of the validation set), ``table2`` (which metrics help) and ``table3`` (scale). Each writes one row
 per finished run to ``artefacts/paper/<table>.csv``, goes on where it stopped, prints the table, and
-plots it beside the file, but for ``table2``; with ``--only-report``, of what there is.
+plots it beside the file, but for ``table2``; with ``--only-report``, of what there is. With
+``--held-out`` models are judged on held-out rows of the training data, which is how to choose
+between changes of a method; the rows are in a file of their own.
 """
 
 import argparse
@@ -81,14 +83,18 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, help="0 to 4; of wine, 0 to 39")
     parser.add_argument("--rows", nargs="+", type=int, default=[3000, 6000, 12_000])
     parser.add_argument("--accelerator", choices=["cpu", "gpu"], default="cpu", help="of table3")
+    parser.add_argument("--held-out", action="store_true", help="not on test rows; not of table3")
     parser.add_argument("--processes", type=int, default=2, help="but for table3, which takes one")
     parser.add_argument("--folder", type=Path, default=Path("artefacts/paper"))
     parser.add_argument("--only-report", action="store_true", help="run nothing")
     arguments = parser.parse_args()
-    _check_methods(parser, arguments)
-    of_gpu = arguments.table == "table3" and arguments.accelerator == "gpu"
-    path = arguments.folder / f"{arguments.table}{'_gpu' if of_gpu else ''}.csv"
-    print(_table3(arguments, path) if arguments.table == "table3" else _tables(arguments, path))
+    _check(parser, arguments)
+    if arguments.table == "table3":
+        end = "_gpu" if arguments.accelerator == "gpu" else ""
+        print(_table3(arguments, arguments.folder / f"table3{end}.csv"))
+    else:
+        end = "_held_out" if arguments.held_out else ""
+        print(_tables(arguments, arguments.folder / f"{arguments.table}{end}.csv"))
 
 
 def _tables(arguments: argparse.Namespace, path: Path) -> str:
@@ -96,7 +102,8 @@ def _tables(arguments: argparse.Namespace, path: Path) -> str:
     if not arguments.only_report:
         wanted = jobs_of(arguments.table, arguments.seeds, arguments.datasets)
         jobs = [job for job in wanted if job not in done and _is_wanted(job, arguments)]
-        rows = run_all(jobs, runner(arguments.data_dir), path, COLUMNS, arguments.processes)
+        run = runner(arguments.data_dir, tuning=arguments.held_out)
+        rows = run_all(jobs, run, path, COLUMNS, arguments.processes)
         done |= {job_of(row): row for row in rows}
     if arguments.table in report.PLOTS:
         report.PLOTS[arguments.table](done, path.with_suffix(".svg"))
@@ -114,7 +121,7 @@ def _table3(arguments: argparse.Namespace, path: Path) -> str:
     return report.table3(done)
 
 
-def _check_methods(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     jobs: Iterable[Job | scale.ScaleJob] = (
         scale.jobs_of(arguments.rows, [0])
         if arguments.table == "table3"
@@ -124,6 +131,8 @@ def _check_methods(parser: argparse.ArgumentParser, arguments: argparse.Namespac
     unknown = sorted(set(arguments.methods or ()) - set(known))
     if unknown:
         parser.error(f"expected methods of {arguments.table} among {known}, but got {unknown}")
+    if arguments.held_out and arguments.table == "table3":
+        parser.error("expected no --held-out with table3, which is judged on test rows only")
 
 
 def _is_wanted(job: Job | scale.ScaleJob, arguments: argparse.Namespace) -> bool:

@@ -201,9 +201,9 @@ def _timed(trainer: Any, model: Any, datamodule: DVCDataModule) -> float:
     return time.perf_counter() - start
 
 
-def runner(data_dir: Path | None) -> partial[dict[str, Any]]:
+def runner(data_dir: Path | None, tuning: bool = False) -> partial[dict[str, Any]]:
     """What runs jobs in a pool of processes."""
-    return partial(run, data_dir=data_dir)
+    return partial(run, data_dir=data_dir, tuning=tuning)
 
 
 def job_of(row: Mapping[str, str]) -> Job:

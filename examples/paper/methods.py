@@ -3,7 +3,7 @@
 All select in rounds while the model trains, as DVC does, but for Data Shapley: a model is trained
 on a random warm-up for as many steps as the others' run takes, and then everything is selected in
 one round. That, and how many candidates a round looks at, is for each method what did best on
-held-out training rows (see docs/results.md).
+held-out training rows (see docs/tried.md).
 """
 
 from collections.abc import Callable, Mapping

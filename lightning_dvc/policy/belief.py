@@ -12,7 +12,7 @@ are tested beside held-out ones and beside such as are in training as well, from
 passed the test with what had not been.
 
 Measured beside one threshold for all sources, a quantile of the held-out samples' plausibility:
-docs/results.md.
+docs/tried.md.
 """
 
 from typing import Final

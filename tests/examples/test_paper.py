@@ -87,11 +87,39 @@ def test_methods_that_a_table_does_not_have_are_refused(table, monkeypatch, caps
     assert f"expected methods of {table} among [" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("on_digits")
+@pytest.mark.parametrize(("tuning", "n_judged"), [(False, 450), (True, 1347 // 5)])
+def test_a_model_is_judged_on_test_rows_or_on_held_out_ones(tuning, n_judged):
+    row = experiment.runner(None, tuning)(Job("full", "digits", 1.0, N_VAL, 0))
+    n_right = n_judged * row["scratch_accuracy"]
+    assert n_right == pytest.approx(round(n_right), abs=1e-3)
+
+
+def a_row(columns, job):
+    return dict.fromkeys(columns, "0.5") | {k: str(v) for k, v in job._asdict().items()}
+
+
+def written(path, row):
+    path.write_text(f"{','.join(row)}\n{','.join(row.values())}\n")
+
+
+def test_what_held_out_rows_tell_is_kept_apart(tmp_path, monkeypatch, capsys):
+    written(
+        tmp_path / "table2_held_out.csv", a_row(COLUMNS, next(jobs_of("table2", [0], ["mnist"])))
+    )
+    for option, told in ([], 0), (["--held-out"], 1):
+        arguments = ["table2", "--only-report", *option, "--folder", str(tmp_path)]
+        monkeypatch.setattr("sys.argv", ["paper", *arguments])
+        main()
+        assert capsys.readouterr().out.count("50.0") == told
+    monkeypatch.setattr("sys.argv", ["paper", "table3", "--held-out"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "no --held-out with table3" in capsys.readouterr().err
+
+
 def test_what_a_gpu_ran_is_kept_apart_from_what_a_cpu_did(tmp_path, monkeypatch, capsys):
-    job = next(scale.jobs_of([3000], [0]))
-    row = dict.fromkeys(scale.COLUMNS, "0.5") | {k: str(v) for k, v in job._asdict().items()}
-    lines = [",".join(scale.COLUMNS), ",".join(row.values())]
-    (tmp_path / "table3_gpu.csv").write_text("\n".join(lines) + "\n")
+    written(tmp_path / "table3_gpu.csv", a_row(scale.COLUMNS, next(scale.jobs_of([3000], [0]))))
     for accelerator, told in (("cpu", 0), ("gpu", 1)):
         arguments = ["table3", "--only-report", "--accelerator", accelerator]
         monkeypatch.setattr("sys.argv", ["paper", *arguments, "--folder", str(tmp_path)])
