@@ -69,6 +69,9 @@ VARIANTS: dict[str, Variant] = {
     "reference: held-out only": Variant(lambda: DVC(blend=0), n_val=(50,)),
     "reference: no validation": Variant(datamodule={"val": None}),
     "weights: equal": _weighing(**dict.fromkeys(METRICS, 1.0)),
+    "weights: global only": Variant(
+        lambda: DVC(FixedWeights({"gradient_impact": 1, "uncertainty": 1, "stability": 1}))
+    ),
     "weights: learned": Variant(lambda: DVC(BayesianWeights(max_share=None))),
     "weights: relevance 1": _weighing(relevance=1.0),
     "weights: relevance 0.5": _weighing(relevance=0.5),
