@@ -114,9 +114,10 @@ class DVC:
             at least 1; infinite for no such rule.
         duplicate_angle: Largest angle in radians between the features of near-duplicates, of which
             one is kept, in ``[0, pi]``. Set aside while more than a fifth of the reference samples
-            seem to repeat each other, as in very few dimensions. In the last round, and for the
-            least share of a source, the rules for classes, near-duplicates and disbelief give way
-            in this order where the quota would not be met otherwise.
+            seem to repeat each other, as in very few dimensions. For the least share of a source,
+            and in the last round, once it has looked further, the rules for classes,
+            near-duplicates and disbelief give way in this order where the quota would not be met
+            otherwise.
         density: How the diversity metric estimates densities: ``"exact"``, or ``"lsh"``, which pays
             off for reservoirs of very many samples.
         cache_bytes: Memory for what was captured of candidates, in case they are drawn again, at
@@ -248,7 +249,16 @@ class DVC:
                 self._draw(this, bandit, quota, removed), this.probe.device
             )
         with this.watch.section("score"):
-            scores, alignment = self._score_candidates(this, candidates, examined)
+            alignment = None
+            if self.reward == "alignment":
+                alignment = ArmRewards(len(this.pools.names), examined.gradient)
+            scores = self._score_candidates(this, candidates, examined, alignment)
+            if this.is_last:
+                further = self._further(this, bandit, scores, examined, quota, removed)
+                further = this.group.first(further, this.probe.device)
+                if len(further):
+                    more = self._score_candidates(this, further, examined, alignment)
+                    scores = join_scores([scores, more]).ordered()
         with this.watch.section("choose"):
             alpha = self.layer_weights.alpha(scores.layer_metrics.shape[1])
             values = scores.values(weights, alpha)
@@ -361,13 +371,53 @@ class DVC:
         ]
         return torch.cat(drawn)
 
+    def _further(
+        self,
+        this: Round,
+        bandit: SourceBandit,
+        scores: Scores,
+        examined: Examined,
+        quota: int,
+        removed: Tensor,
+    ) -> Tensor:
+        """Ids ``(n,)`` to look at, too, before a last round gives way to its rules.
+
+        None where the candidates suffice. Of each source, no more than what is left of it lets
+        expect, by its candidates, that neither repeats others nor is disbelieved.
+        """
+        usable, arms = self._usable(this, scores, examined), this.pools.arms_of(scores.ids)
+        missing = quota - int(usable.sum())
+        if missing <= 0:
+            return torch.empty(0, dtype=torch.int64)
+        n_arms = len(this.pools.names)
+        unseen = this.pools.stock - torch.bincount(arms, minlength=n_arms)
+        share = mean_by_arm(usable, arms, n_arms).nan_to_num(nan=1.0)
+        _, room = this.candidate_bounds(*this.arm_bounds(removed, quota))
+        ceiling = torch.minimum((share * unseen).ceil().to(torch.int64), room)
+        wanted = min(math.ceil(this.oversample * missing), int(ceiling.sum()))
+        counts = bandit.allocate(wanted, unseen, ceiling=ceiling)
+        drawn = [torch.empty(0, dtype=torch.int64)]
+        for arm in torch.nonzero(counts).flatten().tolist():
+            free = this.pools.draw(arm, int(this.pools.stock[arm]), "further", this.number)
+            free = free[~torch.isin(free, scores.ids)]
+            drawn.append(this.some(free, int(counts[arm]), f"further {arm}"))
+        return torch.cat(drawn)
+
+    def _usable(self, this: Round, scores: Scores, examined: Examined) -> Tensor:
+        """``(n,)`` bool, which candidates neither repeat others nor are disbelieved."""
+        arms = this.pools.arms_of(scores.ids)
+        p_values = self._p_values(scores.confidence, examined)
+        usable = ~disbelieved(p_values, arms, self.disbelief_rate)
+        known, among = self._observer.duplicates(scores.codes)
+        if known is not None and among is not None:
+            usable &= ~known
+            usable[among.max(1).values] = False
+        return usable
+
     def _score_candidates(
-        self, this: Round, candidates: Tensor, examined: Examined
-    ) -> tuple[Scores, ArmRewards | None]:
-        """Metrics of the candidates, over all processes, and how their sources' gradients point."""
-        rewards = None
-        if self.reward == "alignment":
-            rewards = ArmRewards(len(this.pools.names), examined.gradient)
+        self, this: Round, candidates: Tensor, examined: Examined, rewards: ArmRewards | None
+    ) -> Scores:
+        """Metrics of candidates, over all processes; ``rewards`` takes in their gradients."""
         parts = [Scores.empty(len(examined.standards), self._observer.window)]
         for captured in self._observer.candidates(this, candidates):
             arms = this.pools.arms_of(captured.ids)
@@ -381,7 +431,7 @@ class DVC:
                 rewards=rewards,
             )
             parts.append(scores)
-        return join_scores(parts).gather(this.group, this.probe.device), rewards
+        return join_scores(parts).gather(this.group, this.probe.device)
 
     def _pick(
         self,

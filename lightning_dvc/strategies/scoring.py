@@ -111,8 +111,11 @@ class Scores:
     def gather(self, group: Group, device: torch.device) -> "Scores":
         """The scores of every process, ordered by sample id."""
         gathered = {f.name: group.gather(getattr(self, f.name), device) for f in fields(self)}
-        order = gathered["ids"].argsort()
-        return Scores(**{name: rows[order] for name, rows in gathered.items()})
+        return Scores(**gathered).ordered()
+
+    def ordered(self) -> "Scores":
+        """The same, ordered by sample id."""
+        return self.rows(self.ids.argsort())
 
 
 def join_scores(parts: Sequence[Scores]) -> Scores:
