@@ -62,7 +62,7 @@ def _weighing(**weights: float) -> Variant:
 
 
 VARIANTS: dict[str, Variant] = {
-    "defaults": Variant(n_val=(USUAL_VAL, 50, 200, 2000)),
+    "defaults": Variant(n_val=(USUAL_VAL, 50)),
     "reward: value": _of(reward="value"),
     "reward: acceptance": _of(reward="acceptance"),
     "reward: gain": _of(reward="gain"),

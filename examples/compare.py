@@ -89,6 +89,11 @@ def deal_out(
     if tuning:
         n_test = min(5000, data.n_train // 5)
         test, order = order[:n_test], order[n_test:]
+    if n_val >= len(order):
+        raise ValueError(
+            f"expected fewer than {len(order)} validation samples, as many as there are rows, but got "
+            f"{n_val}; hold out fewer"
+        )
     val, train = order[:n_val], order[n_val:]
     return Problem(
         parts=make_sources(data.features[train], data.labels[train], data.n_classes, seed),

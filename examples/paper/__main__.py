@@ -89,12 +89,12 @@ def main() -> None:
     parser.add_argument("--only-report", action="store_true", help="run nothing")
     arguments = parser.parse_args()
     _check(parser, arguments)
-    if arguments.table == "table3":
-        end = "_gpu" if arguments.accelerator == "gpu" else ""
-        print(_table3(arguments, arguments.folder / f"table3{end}.csv"))
-    else:
-        end = "_held_out" if arguments.held_out else ""
-        print(_tables(arguments, arguments.folder / f"{arguments.table}{end}.csv"))
+    of_gpu = arguments.table == "table3" and arguments.accelerator == "gpu"
+    end = "_gpu" if of_gpu else "_held_out" if arguments.held_out else ""
+    path = arguments.folder / f"{arguments.table}{end}.csv"
+    if arguments.only_report and not read_rows(path):
+        parser.error(f"expected finished runs in {path}, but there are none; run some first")
+    print(_table3(arguments, path) if arguments.table == "table3" else _tables(arguments, path))
 
 
 def _tables(arguments: argparse.Namespace, path: Path) -> str:

@@ -342,7 +342,7 @@ def _panels(titles: Sequence[str], columns: int, below: str) -> tuple[Any, list[
         if number + columns >= len(titles):
             panel.set_xlabel(below)
         if number % columns == 0:
-            panel.set_ylabel("test accuracy, %")
+            panel.set_ylabel("accuracy, %")
     return figure, panels[: len(titles)]
 
 

@@ -135,6 +135,12 @@ def _problem(job: ScaleJob, data_dir: Path | None) -> Problem:
 def _cut(n: int, data_dir: Path | None) -> Data:
     """So many training rows, those held out beside them, and the test rows."""
     data = LOADERS[DATASET](data_dir)
+    most = data.n_train - N_VAL
+    if n > most:
+        raise ValueError(
+            f"expected at most {most} rows, which is all that {DATASET} has beside {N_VAL} to "
+            f"validate on, but got {n}; name fewer"
+        )
     generator = torch.Generator().manual_seed(0)
     kept = torch.randperm(data.n_train, generator=generator)[: n + N_VAL]
     rows = torch.cat([kept, torch.arange(data.n_train, len(data.labels))])

@@ -4,7 +4,7 @@ The plainest reading of equation 11 takes the moving average of the mean trainin
 right way. Once the model has learnt what is selected, that is hardly more than noise: among six
 equal weights it lost 0.4 points. What counts here is the mean gradient of reference samples with
 the sample's own label, as for relevance, so that samples lead that are hard and right. That gains
-0.7 points (docs/tried.md); without classes it was not found to gain.
+0.4 points (Table 2 in docs/results.md); without classes it was not found to gain (docs/tried.md).
 """
 
 import torch

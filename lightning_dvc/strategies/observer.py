@@ -28,8 +28,8 @@ from lightning_dvc.strategies.scoring import LayerStandards, Scores
 
 # Norms of the last round or so: older ones belong to a model that is gone.
 _NORM_WINDOW: Final = 1024
-# Multiples of the blend. With 50 held-out samples a blend of 50 gains, with 150 or 200 it does not
-# (docs/tried.md).
+# Multiples of the blend. With 50 held-out samples a blend of 50 gains (docs/tried.md); with 150 or
+# 200, in trials that no table has, it did not.
 _ENOUGH: Final = 2
 DENSITY_SIZE: Final = 256
 """Points of the reservoir that the exact density is made of. With 1,000 of them diversity took half
