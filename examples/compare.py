@@ -91,8 +91,8 @@ def deal_out(
         test, order = order[:n_test], order[n_test:]
     if n_val >= len(order):
         raise ValueError(
-            f"expected fewer than {len(order)} validation samples, as many as there are rows, but got "
-            f"{n_val}; hold out fewer"
+            f"expected fewer validation samples than rows, of which there are {len(order)}, "
+            f"but got {n_val}; hold out fewer"
         )
     val, train = order[:n_val], order[n_val:]
     return Problem(

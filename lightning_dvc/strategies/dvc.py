@@ -253,14 +253,15 @@ class DVC:
             if self.reward == "alignment":
                 alignment = ArmRewards(len(this.pools.names), examined.gradient)
             scores = self._score_candidates(this, candidates, examined, alignment)
+            alpha = self.layer_weights.alpha(scores.layer_metrics.shape[1])
             if this.is_last:
-                further = self._further(this, bandit, scores, examined, quota, removed)
+                usable = self._usable(this, scores, scores.values(weights, alpha), examined)
+                further = self._further(this, bandit, candidates, usable, quota, removed)
                 further = this.group.first(further, this.probe.device)
                 if len(further):
                     more = self._score_candidates(this, further, examined, alignment)
                     scores = join_scores([scores, more]).ordered()
         with this.watch.section("choose"):
-            alpha = self.layer_weights.alpha(scores.layer_metrics.shape[1])
             values = scores.values(weights, alpha)
             p_values = self._p_values(scores.confidence, examined)
             arms = this.pools.arms_of(scores.ids)
@@ -371,48 +372,61 @@ class DVC:
         ]
         return torch.cat(drawn)
 
+    def _usable(self, this: Round, scores: Scores, values: Tensor, examined: Examined) -> Tensor:
+        """``(K,)`` candidates of each source that neither repeat others nor are disbelieved."""
+        arms, n_arms = this.pools.arms_of(scores.ids), len(this.pools.names)
+        known, among = self._observer.duplicates(scores.codes)
+        found = diversify(
+            values,
+            scores.ids,
+            arms,
+            scores.labels,
+            quota=len(scores),
+            arm_ceiling=torch.bincount(arms, minlength=n_arms),
+            duplicate_of_known=known,
+            duplicate_pairs=among,
+            disbelieved=disbelieved(
+                self._p_values(scores.confidence, examined), arms, self.disbelief_rate
+            ),
+            relax=False,
+        )
+        return torch.bincount(arms[found.positions], minlength=n_arms)
+
     def _further(
         self,
         this: Round,
         bandit: SourceBandit,
-        scores: Scores,
-        examined: Examined,
+        candidates: Tensor,
+        usable: Tensor,
         quota: int,
         removed: Tensor,
     ) -> Tensor:
         """Ids ``(n,)`` to look at, too, before a last round gives way to its rules.
 
-        None where the candidates suffice. Of each source, no more than what is left of it lets
-        expect, by its candidates, that neither repeats others nor is disbelieved.
+        None where the ``(K,)`` usable candidates suffice. Otherwise as many again, divided by the
+        bandit, and of each source, as long as the others have enough, no more than are likely
+        usable of those not looked at: little is spent on one that only repeats itself.
         """
-        usable, arms = self._usable(this, scores, examined), this.pools.arms_of(scores.ids)
-        missing = quota - int(usable.sum())
-        if missing <= 0:
+        drawn = torch.bincount(this.pools.arms_of(candidates), minlength=len(usable))
+        unseen = this.pools.stock - drawn
+        least, most = this.arm_bounds(removed, quota)
+        have = torch.minimum(usable, most)
+        short = (least - have).clamp(min=0)
+        if int(have.sum()) >= quota and not bool(short.any()):
             return torch.empty(0, dtype=torch.int64)
-        n_arms = len(this.pools.names)
-        unseen = this.pools.stock - torch.bincount(arms, minlength=n_arms)
-        share = mean_by_arm(usable, arms, n_arms).nan_to_num(nan=1.0)
-        _, room = this.candidate_bounds(*this.arm_bounds(removed, quota))
-        ceiling = torch.minimum((share * unseen).ceil().to(torch.int64), room)
-        wanted = min(math.ceil(this.oversample * missing), int(ceiling.sum()))
-        counts = bandit.allocate(wanted, unseen, ceiling=ceiling)
-        drawn = [torch.empty(0, dtype=torch.int64)]
+        floor, ceiling = this.candidate_bounds(short, most - have)
+        # Laplace's rule of succession: of a source without candidates nothing is known.
+        likely = ((usable + 1) / (drawn + 2) * unseen).ceil().to(torch.int64)
+        likely = torch.minimum(likely.maximum(floor), ceiling.minimum(unseen))
+        wanted = min(math.ceil(this.oversample * quota), int(unseen.sum()))
+        floor, ceiling = (floor, likely) if int(likely.sum()) >= wanted else (likely, ceiling)
+        counts = bandit.allocate(wanted, unseen, floor, ceiling)
+        found = [torch.empty(0, dtype=torch.int64)]
         for arm in torch.nonzero(counts).flatten().tolist():
             free = this.pools.draw(arm, int(this.pools.stock[arm]), "further", this.number)
-            free = free[~torch.isin(free, scores.ids)]
-            drawn.append(this.some(free, int(counts[arm]), f"further {arm}"))
-        return torch.cat(drawn)
-
-    def _usable(self, this: Round, scores: Scores, examined: Examined) -> Tensor:
-        """``(n,)`` bool, which candidates neither repeat others nor are disbelieved."""
-        arms = this.pools.arms_of(scores.ids)
-        p_values = self._p_values(scores.confidence, examined)
-        usable = ~disbelieved(p_values, arms, self.disbelief_rate)
-        known, among = self._observer.duplicates(scores.codes)
-        if known is not None and among is not None:
-            usable &= ~known
-            usable[among.max(1).values] = False
-        return usable
+            free = free[~torch.isin(free, candidates)]
+            found.append(this.some(free, int(counts[arm]), f"further {arm}"))
+        return torch.cat(found)
 
     def _score_candidates(
         self, this: Round, candidates: Tensor, examined: Examined, rewards: ArmRewards | None

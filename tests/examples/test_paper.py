@@ -130,7 +130,7 @@ def test_more_rows_than_there_are_are_refused(monkeypatch):
     assert scale._cut(800, None).n_train == 800 + N_VAL
     with pytest.raises(ValueError, match="at most 847 rows, which is all that digits has"):
         scale._cut(848, None)
-    with pytest.raises(ValueError, match="fewer than 1347 validation samples"):
+    with pytest.raises(ValueError, match="there are 1347, but got 1347"):
         deal_out(datasets.digits(), 0, n_val=1347, budget=0.1)
 
 

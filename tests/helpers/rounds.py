@@ -68,6 +68,7 @@ class Run:
     def apply(self, choice, this):
         assert torch.isin(choice.remove, self.selected).all()
         assert not torch.isin(choice.add, self.selected).any()
+        assert len(choice.add.unique()) == len(choice.add)
         assert len(choice.add) <= this.quota(len(choice.remove))
         self.selected = self.selected[~torch.isin(self.selected, choice.remove)]
         self.selected = torch.cat([self.selected, choice.add])

@@ -61,12 +61,22 @@ def trained():
     return net
 
 
+def knowing(sources, temperature=100.0, oversample=2.0):
+    """A run of a net that knows the task; a high temperature divides candidates evenly."""
+    strategy = DVC(temperature=temperature)
+    run = Run(strategy, sources, oversample=oversample, net=trained(), steps=0)
+    run.reference = good(200, seed=50)
+    return run
+
+
+def both(one, other):
+    return TensorDataset(*(torch.cat(x) for x in zip(one.tensors, other.tensors, strict=True)))
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_a_last_round_looks_further_before_it_lets_wrong_labels_in(seed):
     """Half of too few candidates are wrong; of the good ones, most were never looked at."""
-    sources = {"good": good(seed=seed), "wrong": wrong()}
-    run = Run(DVC(temperature=100.0), sources, oversample=1.5, net=trained(), steps=0)
-    run.reference = good(200, seed=50)
+    run = knowing({"good": good(seed=seed), "wrong": wrong()}, oversample=1.5)
     *_, last = run.all()
     assert last.figures["candidates"] > math.ceil(1.5 * len(last.add))
     assert last.figures["passed_over/belief"] > 0
@@ -74,8 +84,48 @@ def test_a_last_round_looks_further_before_it_lets_wrong_labels_in(seed):
     assert len(run.selected) == BUDGET
 
 
-def test_a_last_round_looks_no_further_than_it_needs_to():
-    run = Run(DVC(), {"good": good(), "other": good(seed=9)})
+@pytest.mark.parametrize("seed", range(3))
+def test_usable_candidates_of_a_source_that_is_full_do_not_count(seed):
+    """It may add no more; of the other, three eighths are good, and more than it has shown."""
+    mixed = both(good(150, seed=seed + 3), wrong(250, seed=seed + 70))
+    run = knowing({"full": Source(good(seed=seed), max_share=0.5), "mixed": mixed})
+    *_, last = run.all()
+    assert last.figures["candidates"] > 2 * len(last.add)
+    assert last.figures["relaxed/belief"] == 0
+    assert run.shares()["full"] <= 0.5
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_last_round_looks_further_for_the_least_share_of_a_source(seed):
+    mixed = both(good(150, seed=seed + 3), wrong(250, seed=seed + 70))
+    run = knowing({"good": good(seed=seed), "mixed": Source(mixed, min_share=0.5)})
+    *_, last = run.all()
+    assert last.figures["candidates"] > 2 * len(last.add)
+    assert last.figures["relaxed/belief"] <= 1
+    assert run.shares()["mixed"] == 0.5
+
+
+def test_what_was_looked_at_is_not_looked_at_again(monkeypatch):
+    seen = []
+
+    def watched(self, this, bandit, candidates, *rest):
+        found = further(self, this, bandit, candidates, *rest)
+        seen.append((candidates, found, int(this.pools.stock.sum())))
+        return found
+
+    further = DVC._further
+    monkeypatch.setattr(DVC, "_further", watched)
+    run = knowing({"good": good(50), "wrong": wrong(60)}, oversample=4.0)
+    run.all()
+    ((candidates, found, stock),) = seen
+    assert 0 < len(found) <= stock - len(candidates)
+    both_looks = torch.cat([candidates, found])
+    assert len(both_looks.unique()) == len(both_looks)
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_a_last_round_looks_no_further_than_it_needs_to(seed):
+    run = Run(DVC(), {"good": good(seed=seed), "other": good(seed=9)})
     *_, last = run.all()
     assert last.figures["candidates"] == 4 * len(last.add)
 
