@@ -242,6 +242,21 @@ def test_disbelieved_candidates_are_left_out_by_the_process_that_has_them(tmp_pa
     assert (learnt(other) - learnt(alone)).abs().max() > 0.01
 
 
+def test_all_processes_look_further_in_a_last_round(tmp_path):
+    """Two thirds of too few candidates are wrong: enough good ones are found by looking on only."""
+
+    def sources():
+        return make({"wrong": wrong(401), "good": good(201)}, oversample=2.0)
+
+    settings = {"net": Taught, "choose": partial(DVC, temperature=100.0), "datamodule": sources}
+    (alone,) = fit_apart(tmp_path / "one", **settings)
+    together = fit_apart(tmp_path / "two", devices=2, **settings)
+    assert [one["ids"] for one in together] == [alone["ids"]] * 2
+    before, after = map(set, alone["ids"][1:3])
+    assert len(after - before) > 30
+    assert min(after - before) >= 401
+
+
 class Normed(Counting):
     def __init__(self):
         super().__init__()
