@@ -38,7 +38,7 @@ def by_seed(rows: Rows, figure: str, job: Job) -> dict[int, float]:
     found = {
         other.seed: float(row[figure])
         for other, row in rows.items()
-        if other._replace(seed=0) == job._replace(seed=0)
+        if other[:-1] == job[:-1]  # all but the seed
     }
     return {seed: found[seed] for seed in sorted(found) if not math.isnan(found[seed])}
 
