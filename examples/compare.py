@@ -70,18 +70,16 @@ class Problem:
         return Classifier([width, *self.hidden, self.n_classes])
 
 
-def deal_out(
-    data: Data, seed: int, n_val: int, budget: float, tuning: bool = False, **settings: Any
-) -> Problem:
-    """Hold clean validation samples out of the training rows, and deal the rest out to sources.
+def hold_out(
+    data: Data, seed: int, n_val: int, tuning: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of the validation, the training and the test set, at random.
 
     Args:
         data: The data set.
-        seed: Of the split and of what is spoilt.
-        n_val: Clean validation samples.
-        budget: Share of the pool that may be selected.
-        tuning: Judge on held-out training rows, and leave the test rows alone.
-        settings: Further fields of :class:`Problem`.
+        seed: Of the split.
+        n_val: Validation samples, held out of the training rows.
+        tuning: Take held-out training rows as the test set, and leave the test rows alone.
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(data.n_train, generator=generator)
@@ -94,7 +92,23 @@ def deal_out(
             f"expected fewer validation samples than rows, of which there are {len(order)}, "
             f"but got {n_val}; hold out fewer"
         )
-    val, train = order[:n_val], order[n_val:]
+    return order[:n_val], order[n_val:], test
+
+
+def deal_out(
+    data: Data, seed: int, n_val: int, budget: float, tuning: bool = False, **settings: Any
+) -> Problem:
+    """Hold clean validation samples out of the training rows, and deal the rest out to sources.
+
+    Args:
+        data: The data set.
+        seed: Of the split and of what is spoilt.
+        n_val: Clean validation samples.
+        budget: Share of the pool that may be selected.
+        tuning: As of :func:`hold_out`.
+        settings: Further fields of :class:`Problem`.
+    """
+    val, train, test = hold_out(data, seed, n_val, tuning)
     return Problem(
         parts=make_sources(data.features[train], data.labels[train], data.n_classes, seed),
         val=TensorDataset(data.features[val], data.labels[val]),

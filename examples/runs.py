@@ -2,10 +2,14 @@
 
 import csv
 import multiprocessing
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from tqdm import tqdm
 
 J = TypeVar("J")
@@ -31,6 +35,8 @@ def run_all(
 ) -> Iterator[dict[str, str]]:
     """Run what is to be run, and write a row as each run ends, with an estimate of what is left.
 
+    The processes may have their own, such as the workers of a loader, and share the cores.
+
     Args:
         jobs: What to run, in this order.
         run: Runs one in a process of its own and returns the row.
@@ -43,16 +49,37 @@ def run_all(
 
     Raises:
         ValueError: If the file has other columns.
+        Exception: What a run raised, once those that had begun have ended.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _begin(path, columns)
-    with multiprocessing.get_context("spawn").Pool(processes) as pool, path.open("a") as file:
+    executor = ProcessPoolExecutor(
+        processes, multiprocessing.get_context("spawn"), _share_cores, (processes,)
+    )
+    with executor, path.open("a") as file, tqdm(total=len(jobs), unit="run") as bar:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
-        for row in tqdm(pool.imap_unordered(run, jobs), total=len(jobs), unit="run"):
-            written = {name: _written(row[name]) for name in columns}
-            writer.writerow(written)
-            file.flush()
-            yield written
+        waiting, error = iter(jobs), None
+        running = {executor.submit(run, job) for job in islice(waiting, processes)}
+        while running:
+            ended, running = wait(running, return_when=FIRST_COMPLETED)
+            for end in ended:
+                if (raised := end.exception()) is not None:
+                    error = raised
+                    continue
+                row = end.result()
+                written = {name: _written(row[name]) for name in columns}
+                writer.writerow(written)
+                file.flush()
+                bar.update()
+                yield written
+            if error is None:  # else none begins, and those that have begun are written
+                running |= {executor.submit(run, job) for job in islice(waiting, len(ended))}
+        if error is not None:
+            raise error
+
+
+def _share_cores(processes: int) -> None:
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
 
 
 def _begin(path: Path, columns: Sequence[str]) -> None:

@@ -3,9 +3,20 @@ import socket
 
 import pytest
 import torch
+from helpers import problems
 
 # Tests run in several processes at once, and tiny models gain nothing from threads.
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--accelerator", default="cpu", choices=["cpu", "gpu"], help="where the small runs train"
+    )
+
+
+def pytest_configure(config):
+    problems.ACCELERATOR = config.getoption("--accelerator")
 
 
 @pytest.fixture(autouse=True)

@@ -54,7 +54,9 @@ class Steps(Callback):
 
 def streams():
     own = np.random.get_state()  # noqa: NPY002 - the stream guarded
+    on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     return {
+        **{f"gpu {number}": state for number, state in enumerate(on_gpu)},
         "torch": torch.get_rng_state(),
         "numpy": torch.from_numpy(own[1].astype(np.int64)),
         "numpy position": torch.tensor(own[2]),

@@ -81,10 +81,15 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", help="only some of them")
     parser.add_argument("--budgets", nargs="+", type=float, help="only some of them")
     parser.add_argument("--seeds", nargs="+", type=int, help="0 to 4; of wine, 0 to 39")
-    parser.add_argument("--rows", nargs="+", type=int, default=[3000, 6000, 12_000])
-    parser.add_argument("--accelerator", choices=["cpu", "gpu"], default="cpu", help="of table3")
+    parser.add_argument("--rows", nargs="+", type=int, help="sizes of the pools of table3")
+    parser.add_argument(
+        "--accelerator",
+        choices=list(scale.SIZES),
+        default="cpu",
+        help="of table3; on a gpu it has the paper's size",
+    )
     parser.add_argument("--held-out", action="store_true", help="not on test rows; not of table3")
-    parser.add_argument("--processes", type=int, default=2, help="but for table3, which takes one")
+    parser.add_argument("--processes", type=int, help="2, but 1 for table3, if nothing is said")
     parser.add_argument("--folder", type=Path, default=Path("artefacts/paper"))
     parser.add_argument("--only-report", action="store_true", help="run nothing")
     arguments = parser.parse_args()
@@ -103,7 +108,7 @@ def _tables(arguments: argparse.Namespace, path: Path) -> str:
         wanted = jobs_of(arguments.table, arguments.seeds, arguments.datasets)
         jobs = [job for job in wanted if job not in done and _is_wanted(job, arguments)]
         run = runner(arguments.data_dir, tuning=arguments.held_out)
-        rows = run_all(jobs, run, path, COLUMNS, arguments.processes)
+        rows = run_all(jobs, run, path, COLUMNS, arguments.processes or 2)
         done |= {job_of(row): row for row in rows}
     if arguments.table in report.PLOTS:
         report.PLOTS[arguments.table](done, path.with_suffix(".svg"))
@@ -113,17 +118,19 @@ def _tables(arguments: argparse.Namespace, path: Path) -> str:
 def _table3(arguments: argparse.Namespace, path: Path) -> str:
     done = {scale.job_of(row): row for row in read_rows(path)}
     if not arguments.only_report:
-        wanted = scale.jobs_of(arguments.rows, arguments.seeds or range(SEEDS["cifar10"]))
+        size = scale.SIZES[arguments.accelerator]
+        wanted = scale.jobs_of(arguments.rows or size.rows, arguments.seeds or range(size.seeds))
         jobs = [job for job in wanted if job not in done and _is_wanted(job, arguments)]
         run = scale.runner(arguments.data_dir, arguments.accelerator)
-        done |= {scale.job_of(row): row for row in run_all(jobs, run, path, scale.COLUMNS, 1)}
+        rows = run_all(jobs, run, path, scale.COLUMNS, arguments.processes or 1)
+        done |= {scale.job_of(row): row for row in rows}
     report.draw_table3(done, path.with_suffix(".svg"))
     return report.table3(done)
 
 
 def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     jobs: Iterable[Job | scale.ScaleJob] = (
-        scale.jobs_of(arguments.rows, [0])
+        scale.jobs_of([0], [0])
         if arguments.table == "table3"
         else jobs_of(arguments.table, [0], list(DATASETS))
     )

@@ -1,26 +1,87 @@
 """The paper's Table 3: a small network selects, a larger one trains, from pools of growing size."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import Trainer, seed_everything
-from torch import nn
-from torch.utils.data import DataLoader, Subset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from examples.classifier import Classifier
-from examples.compare import Problem, clean_and_random, deal_out, quiet
+from examples.compare import Problem, clean_and_random, hold_out, quiet
 from examples.datasets import LOADERS, Data
+from examples.paper import networks
+from examples.sources import make_sources
 from lightning_dvc import DVCCallback, DVCDataModule
 
 DATASET = "cifar10"
 BUDGETS = (0.1, 0.15, 0.2)
-EPOCHS = 15
-BATCH_SIZE = 64
 N_VAL = 500
+MOST_SHIFT = 4
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large everything is.
+
+    Attributes:
+        rows: Sizes of the pools, if nothing else is said.
+        seeds: How many runs of each kind, with seeds from 0, if nothing else is said.
+        proxy: Makes the network that selects, for a number of classes.
+        large: Makes the one that is to be trained.
+        proxy_epochs: How long the one is trained.
+        epochs: How long the other is.
+        proxy_batch_size: Samples in a batch of the one.
+        batch_size: Samples in a batch of the other.
+        num_workers: Processes that read batches of the large network's training.
+        precision: Of both trainings, by Lightning's names.
+    """
+
+    rows: Sequence[int]
+    seeds: int
+    proxy: Callable[[int], Classifier]
+    large: Callable[[int], Classifier]
+    proxy_epochs: int
+    epochs: int
+    proxy_batch_size: int
+    batch_size: int
+    num_workers: int
+    precision: Any
+
+
+SIZES = {
+    "cpu": Size(
+        rows=(3000, 6000, 12_000),
+        seeds=5,
+        proxy=networks.small_proxy,
+        large=networks.small,
+        proxy_epochs=15,
+        epochs=15,
+        proxy_batch_size=64,
+        batch_size=64,
+        num_workers=0,
+        precision="32-true",
+    ),
+    "gpu": Size(
+        rows=(100_000, 200_000, 500_000),
+        seeds=1,
+        proxy=networks.resnet8,
+        large=networks.resnet18,
+        proxy_epochs=12,
+        epochs=6,
+        proxy_batch_size=256,
+        batch_size=512,
+        num_workers=4,
+        precision="bf16-mixed",
+    ),
+}
+"""By accelerator: what takes minutes on two cores, and what the paper has."""
 
 
 class ScaleJob(NamedTuple):
@@ -45,39 +106,6 @@ COLUMNS = (
 )
 
 
-class Convolutional(Classifier):
-    """A convolutional network for images of 3 x 32 x 32, given flat.
-
-    Args:
-        channels: Of the stages, each of which halves the image.
-        depth: Convolutions in a stage.
-        n_classes: Number of classes.
-    """
-
-    def __init__(self, channels: Sequence[int], depth: int, n_classes: int) -> None:
-        super().__init__([1, n_classes])
-        layers: list[nn.Module] = [nn.Unflatten(1, (3, 32, 32))]
-        width = 3
-        for stage in channels:
-            for number in range(depth):
-                stride = 2 if number == 0 else 1
-                layers += [nn.Conv2d(width, stage, 3, stride, 1), nn.ReLU()]
-                width = stage
-        self.net = nn.Sequential(
-            *layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * width, n_classes)
-        )
-
-
-def proxy(n_classes: int) -> Convolutional:
-    """The network that selects."""
-    return Convolutional((16, 32), 1, n_classes)
-
-
-def large(n_classes: int) -> Convolutional:
-    """The network that is to be trained."""
-    return Convolutional((32, 64, 128), 2, n_classes)
-
-
 def jobs_of(rows: Sequence[int], seeds: Sequence[int]) -> Iterator[ScaleJob]:
     """All runs, the smaller pools first."""
     for seed in seeds:
@@ -91,60 +119,102 @@ def jobs_of(rows: Sequence[int], seeds: Sequence[int]) -> Iterator[ScaleJob]:
 def run(job: ScaleJob, data_dir: Path | None, accelerator: str) -> dict[str, Any]:
     """Select with the proxy, train the large network on the selection, and judge it."""
     quiet()
-    problem = _problem(job, data_dir)
+    size = SIZES[accelerator]
+    problem = replace(_problem(job.rows, job.seed, data_dir, accelerator), budget=job.budget)
+    _start_device(accelerator)
     pool, clean, anything = clean_and_random(problem, job.seed)
-    chosen, selection_s = (
-        {
-            "full": list(range(len(problem.is_clean))),
-            "clean": clean,
-            "random": anything,
-        }.get(job.method),
-        0.0,
-    )
+    known = {"full": list(range(len(problem.is_clean))), "clean": clean, "random": anything}
+    chosen, selection_s = known.get(job.method), 0.0
     if chosen is None:
         chosen, selection_s = _selected(problem, job.seed, accelerator)
-    seed_everything(job.seed, verbose=False)
-    model = large(problem.n_classes)
-    loader = DataLoader(Subset(pool, chosen), batch_size=BATCH_SIZE, shuffle=True)
-    trainer = _trainer(accelerator, max_epochs=EPOCHS, limit_val_batches=0)
-    start = time.perf_counter()
-    trainer.fit(model, loader)
-    training_s = time.perf_counter() - start
-    (found,) = trainer.test(model, DataLoader(problem.test, batch_size=500), verbose=False)
-    small = proxy(problem.n_classes)
-    device = torch.cuda.get_device_name() if accelerator == "gpu" else "cpu"
+    model, training_s = _trained(problem, Subset(pool, chosen), job.seed, accelerator)
+    test = DataLoader(problem.test, batch_size=500)
+    (found,) = _trainer(accelerator).test(model, test, verbose=False)
     return {
         **job._asdict(),
         "accuracy": float(found["test_acc"]),
         "selection_s": selection_s,
         "training_s": training_s,
-        "proxy_parameters": sum(p.numel() for p in small.parameters()),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "epochs": EPOCHS,
-        "device": device,
+        "proxy_parameters": _n_parameters(size.proxy(problem.n_classes)),
+        "parameters": _n_parameters(model),
+        "epochs": size.epochs,
+        "device": torch.cuda.get_device_name() if accelerator == "gpu" else "cpu",
         "torch": torch.__version__,
     }
 
 
-def _problem(job: ScaleJob, data_dir: Path | None) -> Problem:
-    cut = _cut(job.rows, data_dir)
-    return deal_out(cut, job.seed, N_VAL, job.budget, batch_size=BATCH_SIZE, epochs=EPOCHS)
+@lru_cache(maxsize=1)
+def _problem(n: int, seed: int, data_dir: Path | None, accelerator: str) -> Problem:
+    """A pool of so many rows of the training data; those held out and the test rows beside it."""
+    size, data = SIZES[accelerator], _cut(n, data_dir)
+    val, train, test = hold_out(data, seed, N_VAL)
+    features, labels = more_of(data.features[train], data.labels[train], n, seed)
+    return Problem(
+        parts=make_sources(features, labels, data.n_classes, seed),
+        val=TensorDataset(data.features[val], data.labels[val]),
+        test=TensorDataset(data.features[test], data.labels[test]),
+        n_classes=data.n_classes,
+        budget=1.0,
+        batch_size=size.proxy_batch_size,
+        epochs=size.proxy_epochs,
+    )
 
 
 @lru_cache(maxsize=1)
+def _loaded(data_dir: Path | None) -> Data:
+    return LOADERS[DATASET](data_dir)
+
+
 def _cut(n: int, data_dir: Path | None) -> Data:
-    """So many training rows, those held out beside them, and the test rows."""
-    data = LOADERS[DATASET](data_dir)
-    most = data.n_train - N_VAL
-    if n > most:
-        raise ValueError(
-            f"expected at most {most} rows, which is all that {DATASET} has beside {N_VAL} to "
-            f"validate on, but got {n}; name fewer"
-        )
+    """At most so many training rows, those held out beside them, and the test rows."""
+    data = _loaded(data_dir)
     generator = torch.Generator().manual_seed(0)
     kept = torch.randperm(data.n_train, generator=generator)[: n + N_VAL]
     rows = torch.cat([kept, torch.arange(data.n_train, len(data.labels))])
     return Data(data.features[rows], data.labels[rows], data.n_classes, len(kept))
+
+
+def more_of(features: Tensor, labels: Tensor, n: int, seed: int) -> tuple[Tensor, Tensor]:
+    """As many images as are wanted: the given ones first, then copies, all as often.
+
+    A copy is shifted by up to four pixels along both axes, and half of them are mirrored.
+
+    Args:
+        features: ``(m, 3072)`` images, standardised, so that 0 is grey; ``m <= n``.
+        labels: ``(m,)`` their classes.
+        n: How many are wanted.
+        seed: Of the shifts.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    images, m = features.view(-1, 3, 32, 32), len(features)
+    wider = F.pad(images, [MOST_SHIFT] * 4)
+    parts = [images]
+    for start in range(m, n, m):
+        k = min(m, n - start)
+        left, top = torch.randint(2 * MOST_SHIFT + 1, (2, k, 1), generator=generator)
+        across = torch.arange(32).expand(k, 32)
+        is_mirrored = torch.rand(k, 1, generator=generator) < 0.5
+        across = left + torch.where(is_mirrored, across.flip(1), across)
+        down = top + torch.arange(32)
+        parts.append(
+            wider[
+                torch.arange(k)[:, None, None, None],
+                torch.arange(3)[:, None, None],
+                down[:, None, :, None],
+                across[:, None, None, :],
+            ]
+        )
+    return torch.cat(parts).flatten(1), labels.repeat(-(-n // m))[:n]
+
+
+@lru_cache(maxsize=1)
+def _start_device(accelerator: str) -> None:
+    """Train both networks on a batch: what a device does first is no part of any method."""
+    size = SIZES[accelerator]
+    batch = TensorDataset(torch.randn(size.batch_size, 3072), torch.arange(size.batch_size) % 10)
+    for make in (size.proxy, size.large):
+        trainer = _trainer(accelerator, max_epochs=1, limit_val_batches=0)
+        trainer.fit(make(10), DataLoader(batch, batch_size=size.batch_size))
 
 
 def _selected(problem: Problem, seed: int, accelerator: str) -> tuple[list[int], float]:
@@ -156,21 +226,47 @@ def _selected(problem: Problem, seed: int, accelerator: str) -> tuple[list[int],
     seed_everything(seed, verbose=False)
     callback = DVCCallback(monitor="val_acc")
     trainer = _trainer(accelerator, max_epochs=problem.epochs, callbacks=[callback])
+    model = SIZES[accelerator].proxy(problem.n_classes)
     start = time.perf_counter()
-    trainer.fit(proxy(problem.n_classes), datamodule)
+    trainer.fit(model, datamodule)
     return datamodule.selected_ids.tolist(), time.perf_counter() - start
+
+
+def _trained(
+    problem: Problem, data: Dataset[Any], seed: int, accelerator: str
+) -> tuple[Classifier, float]:
+    """The large network, trained on some samples, and the seconds that took."""
+    size = SIZES[accelerator]
+    seed_everything(seed, verbose=False)
+    model = size.large(problem.n_classes)
+    loader = DataLoader(
+        data,
+        batch_size=size.batch_size,
+        shuffle=True,
+        num_workers=size.num_workers,
+        persistent_workers=size.num_workers > 0,
+    )
+    trainer = _trainer(accelerator, max_epochs=size.epochs, limit_val_batches=0)
+    start = time.perf_counter()
+    trainer.fit(model, loader)
+    return model, time.perf_counter() - start
 
 
 def _trainer(accelerator: str, **settings: Any) -> Trainer:
     return Trainer(
         accelerator=accelerator,
         devices=1,
+        precision=SIZES[accelerator].precision,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         **settings,
     )
+
+
+def _n_parameters(model: Classifier) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def runner(data_dir: Path | None, accelerator: str) -> partial[dict[str, Any]]:

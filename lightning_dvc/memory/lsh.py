@@ -89,19 +89,25 @@ def hamming(codes_a: Tensor, codes_b: Tensor) -> Tensor:
     return differing
 
 
-def near_duplicate_pairs(codes: Tensor, known: Tensor, total_bits: int, max_angle: float) -> Tensor:
+def near_duplicate_pairs(
+    codes: Tensor, known: Tensor, bits: int, max_angle: float, more_bits: int = 0
+) -> Tensor:
     """Find pairs of vectors that point almost the same way.
 
     Only pairs that share a bucket, the whole code of at least one table, are looked at, and their
-    angle is read off all bits: ``pi * differing / total_bits``, which for a true angle ``a`` has
-    the standard deviation ``sqrt(a (pi - a) / total_bits)``. A pair at that angle is looked at with
-    probability ``1 - (1 - (1 - a / pi)^bits)^tables``.
+    angle is read off all bits: ``pi * differing / (tables * bits)``, which for a true angle ``a``
+    has the standard deviation ``sqrt(a (pi - a) / (tables * bits))``. A pair at that angle is
+    looked at with probability ``1 - (1 - (1 - a / pi)^bits)^tables``.
+
+    Of very many vectors a bucket holds so many that this takes long. With more bits from the code
+    of the next table, buckets are smaller, and a pair at an angle is missed more often.
 
     Args:
         codes: ``(n, tables)`` codes of the vectors in question.
         known: ``(m, tables)`` codes of others, also with ``m = 0``.
-        total_bits: ``tables * bits`` of the hyperplanes.
+        bits: Bits in a code of the hyperplanes.
         max_angle: Largest angle of a near-duplicate, radians in ``[0, pi]``.
+        more_bits: Bits of the next table's code that tell buckets apart, too; at most ``bits``.
 
     Returns:
         ``(p, 2)`` int64 positions in ``codes`` and in ``known``, each pair once, sorted.
@@ -111,20 +117,22 @@ def near_duplicate_pairs(codes: Tensor, known: Tensor, total_bits: int, max_angl
 
     Example:
         >>> codes, known = torch.tensor([[0b11, 0b01], [0b00, 0b00]]), torch.tensor([[0b11, 0b00]])
-        >>> near_duplicate_pairs(codes, known, total_bits=4, max_angle=0.8)
+        >>> near_duplicate_pairs(codes, known, bits=2, max_angle=0.8)
         tensor([[0, 0]])
     """
     if not 0 <= max_angle <= math.pi:
         raise ConfigurationError(f"max_angle must be in [0, pi] radians, but got {max_angle}")
     # Compared as whole bits; the margin keeps an angle of exactly k bits from rounding to k - 1.
-    limit = math.floor(max_angle / math.pi * total_bits + 1e-9)
-    ordered, order = known.T.contiguous().sort(dim=1)
+    limit = math.floor(max_angle / math.pi * codes.shape[1] * bits + 1e-9)
+    ordered, order = _lengthened(known, bits, more_bits).T.contiguous().sort(dim=1)
+    keys = _lengthened(codes, bits, more_bits)
     found = [torch.empty(0, 2, dtype=torch.int64, device=codes.device)]
-    for table, position, place in _bucket_mates(ordered, codes, _PAIR_CHUNK // codes.shape[1]):
+    for table, position, place in _bucket_mates(ordered, keys, _PAIR_CHUNK // codes.shape[1]):
         other = order[table, place]
         differing = codes[position] ^ known[other]
         # A pair counts in the first table in which it meets.
-        first = (differing == 0).byte().argmax(1) == table
+        meets = _lengthened(differing, bits, more_bits) == 0
+        first = meets.byte().argmax(1) == table
         near = first & (_ones(differing).sum(1) <= limit)
         found.append(torch.stack([position[near], other[near]], dim=1))
     pairs = torch.cat(found)
@@ -185,6 +193,11 @@ def real(x: Tensor) -> Tensor:
         torch.float32
     """
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _lengthened(codes: Tensor, bits: int, more_bits: int) -> Tensor:
+    """Codes ``(n, tables)``, each with the first bits of the one after it, in a circle."""
+    return (codes << more_bits) | (codes.roll(-1, 1) >> (bits - more_bits)) if more_bits else codes
 
 
 def _bucket_mates(

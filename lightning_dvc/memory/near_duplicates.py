@@ -11,6 +11,10 @@ from lightning_dvc.memory.lsh import RandomHyperplanes, near_duplicate_pairs
 # A pair at 0.05 radians meets in a bucket with probability 1 - 1e-10, one at 1 radian with 3%.
 N_TABLES: Final = 16
 _BITS: Final = 16
+# From so many samples on, buckets are told apart by more bits. Then a pair at 0.05 radians meets in
+# one with probability 1 - 1e-5, and one at 0.1 with 0.998.
+_MANY: Final = 2**15
+_MORE_BITS: Final = 8
 
 
 class NearDuplicates:
@@ -81,4 +85,5 @@ class NearDuplicates:
         self._ids, self._codes, self._centre = state["ids"], state["codes"], state["centre"]
 
     def _pairs(self, codes: Tensor, known: Tensor) -> Tensor:
-        return near_duplicate_pairs(codes, known, N_TABLES * _BITS, self._max_angle)
+        more_bits = _MORE_BITS if max(len(codes), len(known)) >= _MANY else 0
+        return near_duplicate_pairs(codes, known, _BITS, self._max_angle, more_bits)

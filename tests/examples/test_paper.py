@@ -1,6 +1,7 @@
 """The harness of the paper's experiments, on data small enough for a test."""
 
 import math
+import time
 from collections import Counter
 from itertools import product
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import sklearn.datasets
 import torch
+from torch.utils.data import DataLoader
 
 from examples import ablation, datasets
 from examples.compare import deal_out
@@ -20,6 +22,31 @@ from examples.runs import read_rows, run_all
 
 def squared(number):
     return {"number": number, "square": float(number**2)}
+
+
+def read_by_workers(number):
+    loader = DataLoader(torch.arange(number), num_workers=1)
+    return {"number": number, "square": float(sum(int(x) for x in loader))}
+
+
+def broken(number):
+    if number == 5:
+        raise ArithmeticError("five")
+    time.sleep(2)
+    return squared(number)
+
+
+def test_runs_may_have_processes_of_their_own(tmp_path):
+    (row,) = run_all([4], read_by_workers, tmp_path / "runs.csv", ("number", "square"), 1)
+    assert row == {"number": "4", "square": "6.0000"}
+
+
+def test_a_run_that_fails_ends_all_and_what_was_done_is_kept(tmp_path):
+    path, columns = tmp_path / "runs.csv", ("number", "square")
+    with pytest.raises(ArithmeticError, match="five"):
+        list(run_all([5, 3, 7, 9], broken, path, columns, processes=2))
+    # What had begun beside it is written when it ends, and no other begins.
+    assert [row["number"] for row in read_rows(path)] == ["3"]
 
 
 def test_runs_are_written_as_they_end_and_gone_on_with(tmp_path):

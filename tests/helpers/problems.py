@@ -7,6 +7,8 @@ from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 WIDTH, CLASSES = 8, 3
+ACCELERATOR = "cpu"
+"""Where the small runs train; ``pytest --accelerator gpu`` sets it."""
 
 
 class Net(LightningModule):
@@ -90,7 +92,7 @@ class Faulty(Dataset):
 def trainer(**settings):
     return Trainer(
         **{
-            "accelerator": "cpu",
+            "accelerator": ACCELERATOR,
             "devices": 1,
             "logger": False,
             "enable_checkpointing": False,

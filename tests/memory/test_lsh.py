@@ -83,19 +83,26 @@ def test_the_share_of_differing_bits_estimates_the_angle():
 
 
 @settings(deadline=None, max_examples=200)
-@given(st.data(), st.integers(0, 8), st.integers(1, 7))
-def test_near_duplicate_pairs_are_those_that_share_a_bucket_and_differ_little(data, limit, chunk):
+@given(st.data(), st.integers(0, 8), st.integers(1, 7), st.integers(0, 3))
+def test_near_duplicate_pairs_are_those_that_share_a_bucket_and_differ_little(
+    data, limit, chunk, more
+):
     words = st.lists(st.tuples(*[st.integers(0, 7)] * 3), max_size=6)
     a, b = data.draw(words), data.draw(words)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lsh, "_PAIR_CHUNK", 3 * chunk)
         codes = [torch.tensor(rows, dtype=torch.int64).reshape(-1, 3) for rows in (a, b)]
-        found = near_duplicate_pairs(*codes, 9, math.pi * limit / 9)
+        found = near_duplicate_pairs(*codes, 3, math.pi * limit / 9, more)
+
+    def keys(words):
+        written = [f"{word:03b}" for word in words]
+        return [written[i] + written[(i + 1) % 3][:more] for i in range(3)]
+
     expected = [
         [i, j]
         for i, p in enumerate(a)
         for j, q in enumerate(b)
-        if any(x == y for x, y in zip(p, q, strict=True))
+        if any(x == y for x, y in zip(keys(p), keys(q), strict=True))
         and sum((x ^ y).bit_count() for x, y in zip(p, q, strict=True)) <= limit
     ]
     assert found.tolist() == expected
@@ -106,8 +113,9 @@ def test_near_duplicates_are_found_and_others_are_not():
     copies = known[:10] + 0.01 * normal(10, 16, seed=1)
     planes = RandomHyperplanes(16, tables=16, bits=16, seed=0)
     codes = planes.codes(torch.cat([copies, normal(10, 16, seed=2)]))
-    found = near_duplicate_pairs(codes, planes.codes(known), 16 * 16, max_angle=0.1)
-    assert found.tolist() == [[i, i] for i in range(10)]
+    for more in (0, 8):
+        found = near_duplicate_pairs(codes, planes.codes(known), 16, 0.1, more)
+        assert found.tolist() == [[i, i] for i in range(10)]
 
 
 @pytest.mark.parametrize("angle", [-0.1, 3.2, float("nan")])
