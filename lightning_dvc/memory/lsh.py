@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_dvc.errors import ConfigurationError
@@ -90,7 +91,7 @@ def hamming(codes_a: Tensor, codes_b: Tensor) -> Tensor:
 
 
 def near_duplicate_pairs(
-    codes: Tensor, known: Tensor, bits: int, max_angle: float, more_bits: int = 0
+    codes: Tensor, known: Tensor, bits: int, max_angle: float, most_pairs: int | None = None
 ) -> Tensor:
     """Find pairs of vectors that point almost the same way.
 
@@ -99,15 +100,15 @@ def near_duplicate_pairs(
     has the standard deviation ``sqrt(a (pi - a) / (tables * bits))``. A pair at that angle is
     looked at with probability ``1 - (1 - (1 - a / pi)^bits)^tables``.
 
-    Of very many vectors a bucket holds so many that this takes long. With more bits from the code
-    of the next table, buckets are smaller, and a pair at an angle is missed more often.
+    Where too many pairs share a bucket, buckets are told apart by half the bits of the next table's
+    code as well, or by all of them; then a pair at an angle is missed more often.
 
     Args:
         codes: ``(n, tables)`` codes of the vectors in question.
         known: ``(m, tables)`` codes of others, also with ``m = 0``.
         bits: Bits in a code of the hyperplanes.
         max_angle: Largest angle of a near-duplicate, radians in ``[0, pi]``.
-        more_bits: Bits of the next table's code that tell buckets apart, too; at most ``bits``.
+        most_pairs: How many pairs are not too many; any number when not given.
 
     Returns:
         ``(p, 2)`` int64 positions in ``codes`` and in ``known``, each pair once, sorted.
@@ -124,17 +125,20 @@ def near_duplicate_pairs(
         raise ConfigurationError(f"max_angle must be in [0, pi] radians, but got {max_angle}")
     # Compared as whole bits; the margin keeps an angle of exactly k bits from rounding to k - 1.
     limit = math.floor(max_angle / math.pi * codes.shape[1] * bits + 1e-9)
-    ordered, order = _lengthened(known, bits, more_bits).T.contiguous().sort(dim=1)
-    keys = _lengthened(codes, bits, more_bits)
+    more_bits, buckets = 0, _Buckets(codes, known)
+    while most_pairs is not None and buckets.pairs > most_pairs and more_bits < bits:
+        more_bits += max(1, bits // 2)
+        buckets = _Buckets(*(_lengthened(x, bits, min(more_bits, bits)) for x in (codes, known)))
+    more_bits = min(more_bits, bits)
+    words, known_words = _packed(codes, bits), _packed(known, bits)
     found = [torch.empty(0, 2, dtype=torch.int64, device=codes.device)]
-    for table, position, place in _bucket_mates(ordered, keys, _PAIR_CHUNK // codes.shape[1]):
-        other = order[table, place]
-        differing = codes[position] ^ known[other]
+    for table, position, other in buckets.mates(_PAIR_CHUNK // max(1, words.shape[1])):
+        near = _ones(words[position] ^ known_words[other]).sum(1) <= limit
+        table, position, other = table[near], position[near], other[near]
         # A pair counts in the first table in which it meets.
-        meets = _lengthened(differing, bits, more_bits) == 0
+        meets = _lengthened(codes[position] ^ known[other], bits, more_bits) == 0
         first = meets.byte().argmax(1) == table
-        near = first & (_ones(differing).sum(1) <= limit)
-        found.append(torch.stack([position[near], other[near]], dim=1))
+        found.append(torch.stack([position[first], other[first]], dim=1))
     pairs = torch.cat(found)
     by_place = pairs[:, 0] * max(len(known), 1) + pairs[:, 1]
     return pairs[by_place.argsort()]
@@ -195,32 +199,51 @@ def real(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+class _Buckets:
+    """Which of ``(n, tables)`` codes equal which of ``(m, tables)`` others in which table."""
+
+    def __init__(self, codes: Tensor, known: Tensor) -> None:
+        ordered, self._order = known.T.contiguous().sort(dim=1)
+        wanted = codes.T.contiguous()
+        self._first = torch.searchsorted(ordered, wanted).flatten()
+        self._counts = torch.searchsorted(ordered, wanted, right=True).flatten() - self._first
+        self._ends = self._counts.cumsum(0)
+        self._n = len(codes)
+
+    @property
+    def pairs(self) -> int:
+        """How many pairs share a bucket, once for each table."""
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def mates(self, chunk: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield table, position in the codes and position in the others of all these pairs."""
+        for start in range(0, self.pairs, max(1, chunk)):
+            stop = min(start + max(1, chunk), self.pairs)
+            pair = torch.arange(start, stop, device=self._ends.device)
+            bucket = torch.searchsorted(self._ends, pair, right=True)  # table * n + position
+            place = self._first[bucket] + pair - (self._ends - self._counts)[bucket]
+            table = bucket // self._n
+            yield table, bucket % self._n, self._order[table, place]
+
+
 def _lengthened(codes: Tensor, bits: int, more_bits: int) -> Tensor:
     """Codes ``(n, tables)``, each with the first bits of the one after it, in a circle."""
-    return (codes << more_bits) | (codes.roll(-1, 1) >> (bits - more_bits)) if more_bits else codes
+    if not more_bits:
+        return codes
+    return (codes << more_bits) | (codes.roll(-1, 1) >> (bits - more_bits))
 
 
-def _bucket_mates(
-    ordered: Tensor, codes: Tensor, chunk: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield table, row of ``(n, tables)`` codes and place in ``(tables, m)`` sorted ones of pairs.
-
-    All pairs that share a bucket, once for each table, in chunks of bounded size.
-    """
-    wanted = codes.T.contiguous()
-    first = torch.searchsorted(ordered, wanted).flatten()
-    counts = torch.searchsorted(ordered, wanted, right=True).flatten() - first
-    ends = counts.cumsum(0)
-    pairs = int(ends[-1]) if len(ends) else 0
-    for start in range(0, pairs, max(1, chunk)):
-        pair = torch.arange(start, min(start + max(1, chunk), pairs), device=codes.device)
-        bucket = torch.searchsorted(ends, pair, right=True)  # table * n + row
-        place = first[bucket] + pair - (ends - counts)[bucket]
-        yield bucket // len(codes), bucket % len(codes), place
+def _packed(codes: Tensor, bits: int) -> Tensor:
+    """Codes ``(n, tables)`` in as few words as hold their bits, ``(n, w)``."""
+    each = 64 // bits
+    padded = F.pad(codes, (0, -codes.shape[1] % each)).unflatten(1, (-1, each))
+    # A sum of numbers without a bit in common is their union; the last may be the sign.
+    shifted: Tensor = padded << bits * torch.arange(each, device=codes.device)
+    return shifted.sum(2)
 
 
 def _ones(words: Tensor) -> Tensor:
-    """Number of ones in int64 words of at least 0 (Hacker's Delight, section 5-1)."""
+    """Number of ones in int64 words (Hacker's Delight, section 5-1)."""
     words = words - ((words >> 1) & 0x5555555555555555)
     words = (words & 0x3333333333333333) + ((words >> 2) & 0x3333333333333333)
     words = (words + (words >> 4)) & 0x0F0F0F0F0F0F0F0F

@@ -11,10 +11,10 @@ from lightning_dvc.memory.lsh import RandomHyperplanes, near_duplicate_pairs
 # A pair at 0.05 radians meets in a bucket with probability 1 - 1e-10, one at 1 radian with 3%.
 N_TABLES: Final = 16
 _BITS: Final = 16
-# From so many samples on, buckets are told apart by more bits. Then a pair at 0.05 radians meets in
-# one with probability 1 - 1e-5, and one at 0.1 with 0.998.
-_MANY: Final = 2**15
-_MORE_BITS: Final = 8
+# More pairs in buckets take more than some seconds. With half as many bits again a pair at 0.05
+# radians meets with probability 1 - 1e-5 and one at 0.1 with 0.998, with twice as many with 0.9993
+# and 0.97.
+_MOST_PAIRS: Final = 2**26
 
 
 class NearDuplicates:
@@ -85,5 +85,4 @@ class NearDuplicates:
         self._ids, self._codes, self._centre = state["ids"], state["codes"], state["centre"]
 
     def _pairs(self, codes: Tensor, known: Tensor) -> Tensor:
-        more_bits = _MORE_BITS if max(len(codes), len(known)) >= _MANY else 0
-        return near_duplicate_pairs(codes, known, _BITS, self._max_angle, more_bits)
+        return near_duplicate_pairs(codes, known, _BITS, self._max_angle, _MOST_PAIRS)

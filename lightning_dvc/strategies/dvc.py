@@ -113,11 +113,11 @@ class DVC:
         class_slack: How far a class may exceed its share of the reference's label mix in one round,
             at least 1; infinite for no such rule.
         duplicate_angle: Largest angle in radians between the features of near-duplicates, of which
-            one is kept, in ``[0, pi]``. Set aside while more than a fifth of the reference samples
-            seem to repeat each other, as in very few dimensions. For the least share of a source,
-            and in the last round, once it has looked further, the rules for classes,
-            near-duplicates and disbelief give way in this order where the quota would not be met
-            otherwise.
+            one is kept, in ``[0, pi]``. Set aside while more than a fifth of the held-out samples
+            seem to repeat each other or selected ones, as in few dimensions or of very many
+            samples. For the least share of a source, and in the last round, once it has looked
+            further, the rules for classes, near-duplicates and disbelief give way in this order
+            where the quota would not be met otherwise.
         density: How the diversity metric estimates densities: ``"exact"``, or ``"lsh"``, which pays
             off for reservoirs of very many samples.
         cache_bytes: Memory for what was captured of candidates, in case they are drawn again, at

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import sklearn.datasets
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 
 from examples import ablation, datasets
 from examples.compare import deal_out
-from examples.paper import experiment, report, scale
+from examples.paper import experiment, networks, report, scale
 from examples.paper.__main__ import jobs_of, main
 from examples.paper.experiment import BUDGETS, COLUMNS, N_VAL, Job, job_of
 from examples.paper.methods import METHODS, PARTS, REFERENCES
@@ -151,12 +152,7 @@ def test_a_report_of_nothing_is_refused(tmp_path, monkeypatch, capsys):
         assert "expected finished runs in " in capsys.readouterr().err
 
 
-def test_more_rows_than_there_are_are_refused(monkeypatch):
-    monkeypatch.setattr(scale, "DATASET", "digits")
-    scale._cut.cache_clear()
-    assert scale._cut(800, None).n_train == 800 + N_VAL
-    with pytest.raises(ValueError, match="at most 847 rows, which is all that digits has"):
-        scale._cut(848, None)
+def test_more_validation_samples_than_there_are_rows_are_refused():
     with pytest.raises(ValueError, match="there are 1347, but got 1347"):
         deal_out(datasets.digits(), 0, n_val=1347, budget=0.1)
 
@@ -307,12 +303,66 @@ def test_differences_of_variants_are_over_the_runs_that_both_have():
     assert line.endswith("| -10% ± 0% |")
 
 
-def test_the_proxy_is_smaller_than_what_it_selects_for():
+@pytest.mark.parametrize("size", scale.SIZES.values(), ids=scale.SIZES)
+def test_the_proxy_is_smaller_than_what_it_selects_for(size):
     x = torch.randn(2, 3 * 32 * 32)
-    small, large = scale.proxy(10), scale.large(10)
-    assert small(x).shape == large(x).shape == (2, 10)
-    numbers = [sum(p.numel() for p in net.parameters()) for net in (small, large)]
+    proxy, large = size.proxy(10), size.large(10)
+    assert proxy(x).shape == large(x).shape == (2, 10)
+    numbers = [sum(p.numel() for p in net.parameters()) for net in (proxy, large)]
     assert numbers[1] > 30 * numbers[0]
+
+
+@pytest.mark.parametrize(
+    ("make", "n_parameters", "n_layers"), [("resnet8", 78_042, 8), ("resnet18", 11_173_962, 18)]
+)
+def test_residual_networks_are_those_of_the_literature(make, n_parameters, n_layers):
+    """The usual ResNet-18 for CIFAR-10 has as many; layers beside a block do not count."""
+    net = getattr(networks, make)(10)
+    assert sum(p.numel() for p in net.parameters()) == n_parameters
+    layers = [m for name, m in net.named_modules() if "beside" not in name]
+    assert sum(isinstance(m, nn.Conv2d | nn.Linear) for m in layers) == n_layers
+    assert net(torch.randn(2, 3 * 32 * 32)).shape == (2, 10)
+
+
+def shifted(image, down, across, is_mirrored):
+    """What a window so far down and across sees of an image with a grey margin of 4 pixels."""
+    wide = torch.zeros(3, 40, 40)
+    wide[:, 4:36, 4:36] = image
+    seen = wide[:, down : down + 32, across : across + 32]
+    return seen.flip(2) if is_mirrored else seen
+
+
+def test_a_pool_is_filled_up_with_shifted_and_mirrored_copies():
+    images, labels = torch.randn(3, 3, 32, 32), torch.tensor([5, 6, 7])
+    features, found = scale.more_of(images.flatten(1), labels, 8, seed=0)
+    assert found.tolist() == [5, 6, 7, 5, 6, 7, 5, 6]
+    assert torch.equal(features[:3], images.flatten(1))
+    ways = list(product(range(9), range(9), (False, True)))
+    taken = []
+    for number in range(3, 8):
+        copy = features[number].view(3, 32, 32)
+        taken += [w for w in ways if torch.equal(shifted(images[number % 3], *w), copy)]
+    assert len(taken) == 5
+    assert len(set(taken)) > 1
+    assert {is_mirrored for *_, is_mirrored in taken} == {False, True}
+
+
+def test_no_held_out_image_is_in_a_pool_of_copies(monkeypatch):
+    x = torch.arange(1.0, 901.0)[:, None].expand(900, 3072)  # told apart by their colour
+    data = datasets.Data(x, torch.arange(900) % 10, 10, n_train=800)
+    monkeypatch.setitem(datasets.LOADERS, "cifar10", lambda folder: data)
+    scale._loaded.cache_clear()
+    scale._problem.cache_clear()
+    problem = scale._problem(900, 0, None, "cpu")
+    clean = problem.parts["clean"]
+    colours = clean.features.amax(1)
+    assert len(problem.val) == N_VAL
+    assert len(problem.is_clean) == 900
+    assert not set(colours.tolist()) & set(problem.val.tensors[0][:, 0].tolist())
+    assert colours.max() <= 800
+    assert torch.equal((colours.long() - 1) % 10, clean.labels)
+    scale._loaded.cache_clear()
+    scale._problem.cache_clear()
 
 
 # --- where the data come from ------------------------------------------------------------------

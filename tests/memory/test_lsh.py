@@ -82,30 +82,51 @@ def test_the_share_of_differing_bits_estimates_the_angle():
     assert (error.abs() <= 5 * deviation + 1e-3).all()
 
 
-@settings(deadline=None, max_examples=200)
-@given(st.data(), st.integers(0, 8), st.integers(1, 7), st.integers(0, 3))
+def shared(a, b, more, bits=3):
+    """Pairs of positions that share a bucket, once for each table, as strings of bits."""
+
+    def keys(words):
+        written = [f"{word:0{bits}b}" for word in words]
+        return [written[i] + written[(i + 1) % len(words)][:more] for i in range(len(words))]
+
+    return [
+        (i, j)
+        for i, p in enumerate(a)
+        for j, q in enumerate(b)
+        for x, y in zip(keys(p), keys(q), strict=True)
+        if x == y
+    ]
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.data(), st.integers(0, 8), st.integers(1, 7), st.none() | st.integers(0, 12))
 def test_near_duplicate_pairs_are_those_that_share_a_bucket_and_differ_little(
-    data, limit, chunk, more
+    data, limit, chunk, most_pairs
 ):
     words = st.lists(st.tuples(*[st.integers(0, 7)] * 3), max_size=6)
     a, b = data.draw(words), data.draw(words)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lsh, "_PAIR_CHUNK", 3 * chunk)
+        patch.setattr(lsh, "_PAIR_CHUNK", chunk)
         codes = [torch.tensor(rows, dtype=torch.int64).reshape(-1, 3) for rows in (a, b)]
-        found = near_duplicate_pairs(*codes, 3, math.pi * limit / 9, more)
-
-    def keys(words):
-        written = [f"{word:03b}" for word in words]
-        return [written[i] + written[(i + 1) % 3][:more] for i in range(3)]
-
+        found = near_duplicate_pairs(*codes, 3, math.pi * limit / 9, most_pairs)
+    few = [more for more in range(4) if most_pairs is None or len(shared(a, b, more)) <= most_pairs]
+    mates = set(shared(a, b, min(few, default=3)))
     expected = [
         [i, j]
-        for i, p in enumerate(a)
-        for j, q in enumerate(b)
-        if any(x == y for x, y in zip(keys(p), keys(q), strict=True))
-        and sum((x ^ y).bit_count() for x, y in zip(p, q, strict=True)) <= limit
+        for i, j in sorted(mates)
+        if sum((x ^ y).bit_count() for x, y in zip(a[i], b[j], strict=True)) <= limit
     ]
     assert found.tolist() == expected
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.data(), st.integers(1, 5), st.sampled_from([3, 16, 31, 32, 62]))
+def test_packed_codes_differ_in_as_many_bits(data, tables, bits):
+    row = st.tuples(*[st.integers(0, 2**bits - 1)] * tables)
+    a, b = data.draw(row), data.draw(row)
+    one, other = (lsh._packed(torch.tensor([x]), bits) for x in (a, b))
+    expected = sum((x ^ y).bit_count() for x, y in zip(a, b, strict=True))
+    assert int(lsh._ones(one ^ other).sum()) == expected
 
 
 def test_near_duplicates_are_found_and_others_are_not():
@@ -113,8 +134,8 @@ def test_near_duplicates_are_found_and_others_are_not():
     copies = known[:10] + 0.01 * normal(10, 16, seed=1)
     planes = RandomHyperplanes(16, tables=16, bits=16, seed=0)
     codes = planes.codes(torch.cat([copies, normal(10, 16, seed=2)]))
-    for more in (0, 8):
-        found = near_duplicate_pairs(codes, planes.codes(known), 16, 0.1, more)
+    for most_pairs in (None, 0):
+        found = near_duplicate_pairs(codes, planes.codes(known), 16, 0.1, most_pairs)
         assert found.tolist() == [[i, i] for i in range(10)]
 
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers.problems import Net, good, labelled, wrong
+from helpers.problems import Net, generator, good, labelled, wrong
 from torch.utils.data import Dataset, default_collate
 
 from lightning_dvc.capture.guard import undisturbed
@@ -238,3 +238,20 @@ def test_relevance_over_all_compares_no_class_by_itself(reference, blend):
         assert len(ours.reference.means) > len(theirs.reference.means) == 1
         torch.testing.assert_close(theirs.reference.overall, ours.reference.overall)
     assert torch.equal(by_class.labels, over_all.labels)  # the label mix needs them all the same
+
+
+@pytest.mark.parametrize(
+    ("n_alike", "of", "tells"),
+    [(0, "selected", True), (6, "selected", True), (7, "selected", False), (7, "held out", False)],
+)
+def test_repetitions_are_told_while_held_out_samples_are_not_among_them(n_alike, of, tells):
+    """Of 30 held-out samples so many are like selected ones, or like each other."""
+    rounds = Rounds(duplicate_angle=1e-3)
+    pool = torch.cat([source.dataset.tensors[0] for source in rounds.pools.sources.values()])
+    rounds.reference.x = 9.0 * torch.randn(30, 8, generator=generator(3))
+    of_these = pool[rounds.selected] if of == "selected" else rounds.reference.x[-1:].expand(9, -1)
+    rounds.reference.x[:n_alike] = of_these[:n_alike]
+    rounds.examine()
+    codes = rounds.observer._ready[2].codes(torch.zeros(1, 8))
+    known, among = rounds.observer.duplicates(codes)
+    assert (known is not None) == (among is not None) == tells
