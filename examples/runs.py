@@ -2,7 +2,6 @@
 
 import csv
 import multiprocessing
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from itertools import islice
@@ -49,7 +48,8 @@ def run_all(
 
     Raises:
         ValueError: If the file has other columns.
-        Exception: What a run raised, once those that had begun have ended.
+        Exception: What the first run that failed raised, once those that had begun have ended; of a
+            process that was killed, at once.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _begin(path, columns)
@@ -58,13 +58,14 @@ def run_all(
     )
     with executor, path.open("a") as file, tqdm(total=len(jobs), unit="run") as bar:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
-        waiting, error = iter(jobs), None
+        waiting = iter(jobs)
+        error: BaseException | None = None
         running = {executor.submit(run, job) for job in islice(waiting, processes)}
         while running:
             ended, running = wait(running, return_when=FIRST_COMPLETED)
             for end in ended:
                 if (raised := end.exception()) is not None:
-                    error = raised
+                    error = error or raised
                     continue
                 row = end.result()
                 written = {name: _written(row[name]) for name in columns}
@@ -79,7 +80,7 @@ def run_all(
 
 
 def _share_cores(processes: int) -> None:
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+    torch.set_num_threads(max(1, torch.get_num_threads() // processes))
 
 
 def _begin(path: Path, columns: Sequence[str]) -> None:

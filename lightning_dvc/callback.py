@@ -32,7 +32,8 @@ from lightning_dvc.timing import Stopwatch
 
 _TRIAL_SIZE: Final = 32
 _LARGEST_BATCH: Final = 512
-# On an accelerator, where the number of calls is what costs.
+# Alone on an accelerator, where the number of calls is what costs. Several processes would have too
+# few batches to divide, and worker processes hold several batches each.
 _LARGEST_ON_DEVICE: Final = 2048
 # Attribute of a strategy: the datamodule whose samples it remembers.
 _SERVES: Final = "_serves"
@@ -66,8 +67,9 @@ class DVCCallback(Callback):
             optimises manually. A method ``per_sample_loss(batch)`` of the module does the same.
         layers: Names of the layers to capture, as in ``named_modules()``; every trainable
             ``Linear``, ``Conv1d`` to ``Conv3d`` and ``Embedding`` when not given.
-        score_batch_size: Samples scored in one pass, at least 1; ``"auto"`` begins with 512,
-            on an accelerator with 2048, and goes on with half as many whenever memory runs out.
+        score_batch_size: Samples scored in one pass, at least 1; ``"auto"`` begins with 512
+            (2048 on an accelerator that one process uses, without workers) and goes on with half as
+            many whenever memory runs out.
         exact_numbers: Most numbers in the weight gradients of all captured layers together, at
             least 0. Several such sets are kept while scoring. The largest layers beyond it are
             scored by a random projection of their gradients; :attr:`layer_forms` says which.
@@ -193,7 +195,9 @@ class DVCCallback(Callback):
                 "validated: there is no val dataset, or limit_val_batches=0; give and use one"
             )
         adapts = self.score_batch_size == "auto"
-        largest = _LARGEST_BATCH if pl_module.device.type == "cpu" else _LARGEST_ON_DEVICE
+        alone = trainer.world_size == 1 and datamodule.loading.num_workers == 0
+        on_device = alone and pl_module.device.type != "cpu"
+        largest = _LARGEST_ON_DEVICE if on_device else _LARGEST_BATCH
         most = largest if adapts else int(self.score_batch_size)
         self._probe = Probe(
             pl_module,

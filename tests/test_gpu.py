@@ -36,6 +36,7 @@ def select(net, accelerator, **settings):
     callback = DVCCallback(DVC(FixedWeights()), monitor="val_acc")
     run = trainer(accelerator=accelerator, callbacks=[callback], max_epochs=6, **settings)
     run.fit(net, datamodule)
+    assert callback._probe.batch_size == (2048 if accelerator == "gpu" else 512)
     return datamodule.selection
 
 

@@ -93,6 +93,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("artefacts/paper"))
     parser.add_argument("--only-report", action="store_true", help="run nothing")
     arguments = parser.parse_args()
+    if arguments.processes is None:
+        arguments.processes = 1 if arguments.table == "table3" else 2
     _check(parser, arguments)
     of_gpu = arguments.table == "table3" and arguments.accelerator == "gpu"
     end = "_gpu" if of_gpu else "_held_out" if arguments.held_out else ""
@@ -108,7 +110,7 @@ def _tables(arguments: argparse.Namespace, path: Path) -> str:
         wanted = jobs_of(arguments.table, arguments.seeds, arguments.datasets)
         jobs = [job for job in wanted if job not in done and _is_wanted(job, arguments)]
         run = runner(arguments.data_dir, tuning=arguments.held_out)
-        rows = run_all(jobs, run, path, COLUMNS, arguments.processes or 2)
+        rows = run_all(jobs, run, path, COLUMNS, arguments.processes)
         done |= {job_of(row): row for row in rows}
     if arguments.table in report.PLOTS:
         report.PLOTS[arguments.table](done, path.with_suffix(".svg"))
@@ -122,7 +124,7 @@ def _table3(arguments: argparse.Namespace, path: Path) -> str:
         wanted = scale.jobs_of(arguments.rows or size.rows, arguments.seeds or range(size.seeds))
         jobs = [job for job in wanted if job not in done and _is_wanted(job, arguments)]
         run = scale.runner(arguments.data_dir, arguments.accelerator)
-        rows = run_all(jobs, run, path, scale.COLUMNS, arguments.processes or 1)
+        rows = run_all(jobs, run, path, scale.COLUMNS, arguments.processes)
         done |= {scale.job_of(row): row for row in rows}
     report.draw_table3(done, path.with_suffix(".svg"))
     return report.table3(done)

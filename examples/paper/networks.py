@@ -1,6 +1,8 @@
 """Networks for images of 3 x 32 x 32, given flat: pairs of one that selects and one to be trained.
 
-The paper's are residual (He et al., 2016, arXiv 1512.03385), of 8 and of 18 layers with weights.
+The paper's are residual (He et al., 2016, arXiv 1512.03385), of 8 and of 18 layers with weights;
+here as is usual for such images, with stride 1 in the first convolution, and a convolution of size
+1 beside a block that changes the shape.
 """
 
 from collections.abc import Sequence
@@ -35,7 +37,7 @@ class Convolutional(Classifier):
 
 
 class Residual(Classifier):
-    """A residual network that begins with a convolution of stride 1, as is usual for small images.
+    """Blocks of convolutions, each added to what it was given.
 
     Args:
         channels: Of the stages, each of which but the first halves the image.

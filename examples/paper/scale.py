@@ -175,9 +175,10 @@ def _cut(n: int, data_dir: Path | None) -> Data:
 
 
 def more_of(features: Tensor, labels: Tensor, n: int, seed: int) -> tuple[Tensor, Tensor]:
-    """As many images as are wanted: the given ones first, then copies, all as often.
+    """As many images as are wanted: the given ones first, then copies of one after the other.
 
-    A copy is shifted by up to four pixels along both axes, and half of them are mirrored.
+    A copy is shifted by up to four pixels along both axes, and mirrored or not; one of 162 is as it
+    was.
 
     Args:
         features: ``(m, 3072)`` images, standardised, so that 0 is grey; ``m <= n``.

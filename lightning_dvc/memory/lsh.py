@@ -101,7 +101,8 @@ def near_duplicate_pairs(
     looked at with probability ``1 - (1 - (1 - a / pi)^bits)^tables``.
 
     Where too many pairs share a bucket, buckets are told apart by half the bits of the next table's
-    code as well, or by all of them; then a pair at an angle is missed more often.
+    code as well, or by all of them, as far as both codes fit into 64 bits; then a pair at an angle
+    is missed more often.
 
     Args:
         codes: ``(n, tables)`` codes of the vectors in question.
@@ -125,11 +126,10 @@ def near_duplicate_pairs(
         raise ConfigurationError(f"max_angle must be in [0, pi] radians, but got {max_angle}")
     # Compared as whole bits; the margin keeps an angle of exactly k bits from rounding to k - 1.
     limit = math.floor(max_angle / math.pi * codes.shape[1] * bits + 1e-9)
-    more_bits, buckets = 0, _Buckets(codes, known)
-    while most_pairs is not None and buckets.pairs > most_pairs and more_bits < bits:
-        more_bits += max(1, bits // 2)
-        buckets = _Buckets(*(_lengthened(x, bits, min(more_bits, bits)) for x in (codes, known)))
-    more_bits = min(more_bits, bits)
+    for more_bits in (0, min((bits + 1) // 2, 64 - bits), min(bits, 64 - bits)):
+        buckets = _Buckets(*(_lengthened(x, bits, more_bits) for x in (codes, known)))
+        if most_pairs is None or buckets.pairs <= most_pairs:
+            break
     words, known_words = _packed(codes, bits), _packed(known, bits)
     found = [torch.empty(0, 2, dtype=torch.int64, device=codes.device)]
     for table, position, other in buckets.mates(_PAIR_CHUNK // max(1, words.shape[1])):

@@ -12,8 +12,8 @@ from lightning_dvc.memory.lsh import RandomHyperplanes, near_duplicate_pairs
 N_TABLES: Final = 16
 _BITS: Final = 16
 # More pairs in buckets take more than some seconds. With half as many bits again a pair at 0.05
-# radians meets with probability 1 - 1e-5 and one at 0.1 with 0.998, with twice as many with 0.9993
-# and 0.97.
+# radians meets with probability 1 - 2e-6, and one at 0.1 with 0.9995; with twice as many, with
+# 1 - 6e-5 and 0.993.
 _MOST_PAIRS: Final = 2**26
 
 

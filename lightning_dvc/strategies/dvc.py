@@ -114,10 +114,10 @@ class DVC:
             at least 1; infinite for no such rule.
         duplicate_angle: Largest angle in radians between the features of near-duplicates, of which
             one is kept, in ``[0, pi]``. Set aside while more than a fifth of the held-out samples
-            seem to repeat each other or selected ones, as in few dimensions or of very many
-            samples. For the least share of a source, and in the last round, once it has looked
-            further, the rules for classes, near-duplicates and disbelief give way in this order
-            where the quota would not be met otherwise.
+            seem to repeat each other or selected ones, as in few dimensions, of very many samples,
+            or where they do. For the least share of a source, and in the last round, once it has
+            looked further, the rules for classes, near-duplicates and disbelief give way in this
+            order where the quota would not be met otherwise.
         density: How the diversity metric estimates densities: ``"exact"``, or ``"lsh"``, which pays
             off for reservoirs of very many samples.
         cache_bytes: Memory for what was captured of candidates, in case they are drawn again, at

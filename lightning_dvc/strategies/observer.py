@@ -176,7 +176,7 @@ class Observer:
     def duplicates(self, codes: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Near-duplicates: ``(n,)`` of a selected sample, and ``(p, 2)`` pairs among candidates.
 
-        None where the features are too few to tell a repetition from a neighbour.
+        None where a repetition cannot be told from a neighbour.
         """
         if not self._tells_repeats:
             return None, None
@@ -288,13 +288,15 @@ class Observer:
         return reservoir, gradients
 
     def _can_tell_repeats(self, reference: Captured | None) -> bool:
-        """Whether held-out samples, which repeat nothing, are told apart from all others."""
+        """Whether held-out samples, of which few should repeat another, are told apart."""
         if reference is None:
             return True
-        near, codes = self._ready[2], self.codes(reference)
-        alike = near.known(codes)
+        near, codes, most = self._ready[2], self.codes(reference), _MOST_ALIKE * len(reference)
+        alike = torch.zeros(len(codes), dtype=torch.bool)
         alike[near.among(codes).flatten()] = True
-        return int(alike.sum()) <= _MOST_ALIKE * len(reference)
+        if int(alike.sum()) <= most:  # else the selected ones, which are more, need no look
+            alike |= near.known(codes)
+        return int(alike.sum()) <= most
 
     def _note(self, this: Round, seen: list[Captured], gather: bool = False) -> None:
         """Keep how plausible the model finds selected samples now, and what they look like."""

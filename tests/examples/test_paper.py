@@ -1,8 +1,11 @@
 """The harness of the paper's experiments, on data small enough for a test."""
 
 import math
+import os
+import signal
 import time
 from collections import Counter
+from concurrent.futures.process import BrokenProcessPool
 from itertools import product
 
 import numpy as np
@@ -48,6 +51,19 @@ def test_a_run_that_fails_ends_all_and_what_was_done_is_kept(tmp_path):
         list(run_all([5, 3, 7, 9], broken, path, columns, processes=2))
     # What had begun beside it is written when it ends, and no other begins.
     assert [row["number"] for row in read_rows(path)] == ["3"]
+
+
+def killed(number):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_is_killed_ends_all(tmp_path):
+    with pytest.raises(BrokenProcessPool):
+        list(run_all([1, 2], killed, tmp_path / "runs.csv", ("number", "square"), processes=1))
+
+
+def test_no_runs_are_no_rows(tmp_path):
+    assert list(run_all([], squared, tmp_path / "runs.csv", ("number", "square"), 2)) == []
 
 
 def test_runs_are_written_as_they_end_and_gone_on_with(tmp_path):

@@ -109,7 +109,8 @@ def test_near_duplicate_pairs_are_those_that_share_a_bucket_and_differ_little(
         patch.setattr(lsh, "_PAIR_CHUNK", chunk)
         codes = [torch.tensor(rows, dtype=torch.int64).reshape(-1, 3) for rows in (a, b)]
         found = near_duplicate_pairs(*codes, 3, math.pi * limit / 9, most_pairs)
-    few = [more for more in range(4) if most_pairs is None or len(shared(a, b, more)) <= most_pairs]
+    levels = (0, 2, 3)
+    few = [more for more in levels if most_pairs is None or len(shared(a, b, more)) <= most_pairs]
     mates = set(shared(a, b, min(few, default=3)))
     expected = [
         [i, j]
@@ -117,6 +118,20 @@ def test_near_duplicate_pairs_are_those_that_share_a_bucket_and_differ_little(
         if sum((x ^ y).bit_count() for x, y in zip(a[i], b[j], strict=True)) <= limit
     ]
     assert found.tolist() == expected
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.data(), st.sampled_from([1, 2, 5, 16, 31, 32, 40, 62]), st.integers(0, 3))
+def test_buckets_are_told_apart_by_no_more_than_it_takes(data, bits, most):
+    word = st.sampled_from([0, 1, 2**bits - 1, 2 ** (bits - 1)])
+    words = st.lists(st.tuples(word, word, word), max_size=5)
+    a, b = data.draw(words), data.draw(words)
+    codes = [torch.tensor(rows, dtype=torch.int64).reshape(-1, 3) for rows in (a, b)]
+    found = near_duplicate_pairs(*codes, bits, math.pi, most)
+    levels = (0, min(-(-bits // 2), 64 - bits), min(bits, 64 - bits))
+    few = [more for more in levels if len(shared(a, b, more, bits)) <= most]
+    mates = set(shared(a, b, min(few, default=levels[-1]), bits))
+    assert found.tolist() == [list(pair) for pair in sorted(mates)]
 
 
 @settings(deadline=None, max_examples=100)

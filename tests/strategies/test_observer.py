@@ -10,6 +10,7 @@ from torch.utils.data import Dataset, default_collate
 from lightning_dvc.capture.guard import undisturbed
 from lightning_dvc.capture.objective import resolve_objective
 from lightning_dvc.capture.probe import Probe
+from lightning_dvc.memory.near_duplicates import NearDuplicates
 from lightning_dvc.pools import Pools
 from lightning_dvc.records import METRICS
 from lightning_dvc.strategies.base import Round
@@ -252,6 +253,20 @@ def test_repetitions_are_told_while_held_out_samples_are_not_among_them(n_alike,
     of_these = pool[rounds.selected] if of == "selected" else rounds.reference.x[-1:].expand(9, -1)
     rounds.reference.x[:n_alike] = of_these[:n_alike]
     rounds.examine()
-    codes = rounds.observer._ready[2].codes(torch.zeros(1, 8))
+    near = rounds.observer._ready[2]
+    codes = near.codes(torch.zeros(1, 8))
     known, among = rounds.observer.duplicates(codes)
     assert (known is not None) == (among is not None) == tells
+
+
+def test_selected_samples_are_not_compared_where_held_out_ones_tell_enough(monkeypatch):
+    """Comparing held-out samples of one dimension with many selected ones takes minutes."""
+    rounds = Rounds()
+    rounds.reference.x = torch.linspace(1, 2, 30)[:, None].expand(30, 8).clone()
+
+    def compare(self, codes):
+        raise AssertionError("compared")
+
+    monkeypatch.setattr(NearDuplicates, "known", compare)
+    rounds.examine()
+    assert rounds.observer.duplicates(torch.zeros(1, 16, dtype=torch.int64)) == (None, None)
