@@ -55,8 +55,7 @@ class Residual(Classifier):
                 layers.append(_Block(width, stage, 2 if number and not place else 1))
                 width = stage
         layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, n_classes)]
-        # In which order a GPU of today convolves the fastest; nothing else depends on it.
-        self.net = nn.Sequential(*layers).to(memory_format=torch.channels_last)  # type: ignore[call-overload] # not in its stubs
+        self.net = nn.Sequential(*layers)
 
 
 class _Block(nn.Module):
@@ -74,6 +73,9 @@ class _Block(nn.Module):
 
 def _normed(d_in: int, d_out: int, size: int, stride: int) -> tuple[nn.Module, nn.Module]:
     convolution = nn.Conv2d(d_in, d_out, size, stride, size // 2, bias=False)
+    # The layout in which GPUs convolve the fastest; outputs take it on from the weights.
+    weight = convolution.weight.detach().contiguous(memory_format=torch.channels_last)
+    convolution.weight = nn.Parameter(weight)
     return convolution, nn.BatchNorm2d(d_out)
 
 

@@ -7,6 +7,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import lightning
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Trainer, seed_everything
@@ -18,7 +19,7 @@ from examples.compare import Problem, clean_and_random, hold_out, quiet
 from examples.datasets import LOADERS, Data
 from examples.paper import networks
 from examples.sources import make_sources
-from lightning_dvc import DVCCallback, DVCDataModule
+from lightning_dvc import DVCCallback, DVCDataModule, __version__
 
 DATASET = "cifar10"
 BUDGETS = (0.1, 0.15, 0.2)
@@ -35,10 +36,10 @@ class Size:
         seeds: How many runs of each kind, with seeds from 0, if nothing else is said.
         proxy: Makes the network that selects, for a number of classes.
         large: Makes the one that is to be trained.
-        proxy_epochs: How long the one is trained.
-        epochs: How long the other is.
-        proxy_batch_size: Samples in a batch of the one.
-        batch_size: Samples in a batch of the other.
+        proxy_epochs: How long the proxy is trained.
+        epochs: How long the large network is.
+        proxy_batch_size: Samples in a batch of the proxy.
+        batch_size: Samples in a batch of the large network.
         num_workers: Processes that read batches of the large network's training.
         precision: Of both trainings, by Lightning's names.
     """
@@ -100,9 +101,15 @@ COLUMNS = (
     "training_s",
     "proxy_parameters",
     "parameters",
+    "proxy_epochs",
     "epochs",
+    "proxy_batch_size",
+    "batch_size",
+    "precision",
     "device",
+    "lightning_dvc",
     "torch",
+    "lightning",
 )
 
 
@@ -137,9 +144,15 @@ def run(job: ScaleJob, data_dir: Path | None, accelerator: str) -> dict[str, Any
         "training_s": training_s,
         "proxy_parameters": _n_parameters(size.proxy(problem.n_classes)),
         "parameters": _n_parameters(model),
+        "proxy_epochs": size.proxy_epochs,
         "epochs": size.epochs,
+        "proxy_batch_size": size.proxy_batch_size,
+        "batch_size": size.batch_size,
+        "precision": size.precision,
         "device": torch.cuda.get_device_name() if accelerator == "gpu" else "cpu",
+        "lightning_dvc": __version__,
         "torch": torch.__version__,
+        "lightning": lightning.__version__,
     }
 
 
