@@ -4,6 +4,10 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+
+from torch.utils._python_dispatch import TorchDispatchMode
+from typing_extensions import override
 
 REPEATS = 7
 
@@ -50,3 +54,26 @@ def medians(*functions: Callable[[], object], repeats: int = REPEATS) -> list[fl
             function()
             taken.append(time.perf_counter() - start)
     return [statistics.median(taken) for taken in times]
+
+
+class Calls(TorchDispatchMode):
+    """Counts the calls of torch inside the block, but for views, which compute nothing.
+
+    On an accelerator they are what small batches cost, and their number is the same on any machine.
+
+    Example:
+        >>> import torch
+        >>> with Calls() as calls:
+        ...     x = torch.ones(2, 2).T + 1
+        >>> calls.number
+        2
+    """
+
+    def __init__(self) -> None:
+        TorchDispatchMode.__init__(self)
+        self.number = 0
+
+    @override
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += not func.is_view
+        return func(*args, **(kwargs or {}))

@@ -2,13 +2,15 @@
 
 from collections.abc import Iterator
 from functools import partial
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset, default_collate
 
-from examples.bench.measure import Figure, medians
+from examples.bench.measure import Calls, Figure, medians
 from examples.bench.models import CASES, Case, Model
+from lightning_dvc.capture import gradients
 from lightning_dvc.capture.cached import CachedProbe
 from lightning_dvc.capture.guard import undisturbed
 from lightning_dvc.capture.loading import LoadedBatch
@@ -71,27 +73,47 @@ class Bench:
             return [self.measure(c, needs) for c in self.probe.look(self.loaded, snapshots)]
 
     def measure(
-        self, captured: Captured, needs: frozenset[str], rewards: ArmRewards | None = None
+        self,
+        captured: Captured,
+        needs: frozenset[str],
+        rewards: ArmRewards | None = None,
+        n_sources: int = 1,
     ) -> Scores:
         """What comes after the pass through the model."""
-        arms = torch.zeros_like(captured.ids)
+        arms = captured.ids % n_sources
         return score(captured, self.standards, self._codes, arms, needs=needs, rewards=rewards)
 
-    def candidates(self) -> None:
-        """Everything that a run with the defaults does with a batch of candidates."""
-        rewards = ArmRewards(1, [std.reference.overall for std in self.standards])
+    def candidates(self, n_sources: int = 1) -> None:
+        """Everything that a run with the defaults does with a batch of candidates.
+
+        Of one source, unless more are asked for: candidates come in the order of their sources.
+        """
+        rewards = ArmRewards(n_sources, [std.reference.overall for std in self.standards])
         with undisturbed(self.module):
             for captured in self.probe.look(self.loaded):
                 self._near.codes(captured.fingerprints)
-                self.measure(captured, DEFAULT, rewards)
+                self.measure(captured, DEFAULT, rewards, n_sources)
+
+    def calls(self, n_sources: int) -> tuple[int, int]:
+        """Calls of torch for candidates, and for a training step, with parts as on an accelerator.
+
+        Batches are larger there, and so of several sources.
+        """
+        size = gradients._PART_ON_DEVICE
+        as_there = patch.multiple(gradients, _PART=size, _PART_PER_THREAD=size)
+        with as_there, Calls() as scoring:
+            self.candidates(n_sources)
+        with Calls() as training:
+            self.step()
+        return scoring.number, training.number
 
     def _standards(self) -> list[LayerStandards]:
         seen: list[ReferenceGradients] = []
 
         def take(captured: Captured) -> None:
             seen.extend(ReferenceGradients() for _ in captured.gradients[len(seen) :])
-            for layer, gradients in zip(seen, captured.gradients, strict=True):
-                layer.add(gradients, captured.labels)
+            for layer, found in zip(seen, captured.gradients, strict=True):
+                layer.add(found, captured.labels)
 
         captured = self.probe.capture_all(self.reference, torch.arange(len(self.reference)), take)
         found = []
@@ -117,6 +139,8 @@ def figures() -> Iterator[Figure]:
         yield Figure(f"score_vs_step_{name}", all_six / step, at_most=_TARGETS[name])
         yield Figure(f"score_snapshots_{name}", (stable - all_six) / step, at_most=1.0)
         yield Figure(f"candidates_vs_step_{name}", usual / step)
+        scoring, training = bench.calls(n_sources=6)
+        yield Figure(f"calls_vs_step_{name}", scoring / training)
         yield from _cache_hits(name, bench)
         if name == "mlp":
             same = frozenset({"relevance", "gradient_impact"})

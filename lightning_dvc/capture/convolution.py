@@ -163,8 +163,9 @@ class Convolved(LayerGradients):
         lengths = []
         for x, delta in zip(self._inputs, self._deltas, strict=True):
             # No patch is longer than the image, of which it may repeat a pixel in the padding.
-            image = x.flatten(1).square().sum(1) * math.prod(self._layer.kernel_size) + 1
-            lengths.append(image.sqrt() * delta.square().sum(1).sqrt().flatten(1).sum(1))
+            image = torch.linalg.vector_norm(x.flatten(1), dim=1)
+            patch = image * math.sqrt(math.prod(self._layer.kernel_size)) + 1
+            lengths.append(patch * delta.square().sum(1).sqrt().flatten(1).sum(1))
         return torch.stack(lengths).sum(0).square()
 
     @override

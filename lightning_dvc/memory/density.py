@@ -235,7 +235,7 @@ def _log_means(x: Tensor, points: Tensor, bandwidth_squared: float) -> Tensor:
     result = []
     for block in torch.split(x, rows):
         tiles = [_log_sums(_log_kernels(block, part, bandwidth_squared)) for part in columns]
-        result.append(torch.stack(tiles, dim=1).logsumexp(1))
+        result.append(torch.stack(tiles, dim=1).logsumexp(1) if len(tiles) > 1 else tiles[0])
     return torch.cat(result) - math.log(len(points))
 
 

@@ -1,6 +1,6 @@
 """What relevance and gradient impact compare with: mean reference gradients, by class."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from lightning_dvc.capture.gradients import (
     LayerGradients,
+    Materialised,
     OuterProducts,
     concatenate,
 )
@@ -18,39 +19,74 @@ MIN_CLASS_SAMPLES: Final = 3
 """Of a class with fewer reference samples than this, the mean gradient is not known."""
 
 
-class MeanGradient(Protocol):
-    """The mean gradient of some reference samples in one layer."""
+class Means(Protocol):
+    """The mean gradients of ``M`` groups of reference samples in one layer."""
 
-    norm: Tensor
-    """Its length, a scalar."""
+    norms: Tensor
+    """``(M,)`` their lengths."""
 
-    def products(self, gradients: LayerGradients) -> Tensor:
-        """Its inner product with each of ``n`` gradients, ``(n,)``."""
+    def products(self, gradients: LayerGradients, columns: Tensor) -> Tensor:
+        """Inner product of each gradient with one of the means.
+
+        Args:
+            gradients: Gradients of ``n`` samples.
+            columns: ``(n,)`` which mean, any where that is -1.
+
+        Returns:
+            ``(n,)``.
+        """
 
 
-class _Formed(MeanGradient):
-    """The sum of ``count`` gradients, divided where it is used rather than copied."""
+class FormedMeans(Means):
+    """Means as full gradients.
 
-    def __init__(self, total: Tensor, count: float = 1) -> None:
-        self._total = total
-        self._count = count
-        self.norm = torch.linalg.vector_norm(total) / count
+    Args:
+        full: ``(M, d_out, columns)``.
+    """
+
+    def __init__(self, full: Tensor) -> None:
+        self._full = full
+        self.norms = torch.linalg.vector_norm(full.flatten(1), dim=1)
 
     @override
-    def products(self, gradients: LayerGradients) -> Tensor:
-        return gradients.dot(self._total) / self._count
+    def products(self, gradients: LayerGradients, columns: Tensor) -> Tensor:
+        if isinstance(gradients, Materialised) and n_runs(columns) >= len(self._full):
+            # All with all in one call, where there would be as many calls as means.
+            every = gradients.gram(Materialised(self._full))
+            wanted = columns.clamp(min=0).to(every.device)
+            products: Tensor = every.gather(1, wanted[:, None]).squeeze(1)
+            return products
+        found = [gradients.like.new_zeros(0)]
+        found += [own.dot(self._full[number]) for number, own in runs(gradients, columns)]
+        return torch.cat(found)
 
 
-class _Factored(MeanGradient):
-    """Cheaper than formed where ``m (d_in + d_out) < d_in d_out``, of ``m`` samples."""
+class FactoredMeans(Means):
+    """Means of factors with one position, formed only where that is cheaper.
 
-    def __init__(self, members: LayerGradients) -> None:
+    Args:
+        members: Of each group its samples, or their mean as a full gradient.
+    """
+
+    def __init__(self, members: Sequence[LayerGradients | Tensor]) -> None:
         self._members = members
-        self.norm = members.gram(members).mean().clamp(min=0).sqrt()
+        self.norms = torch.stack([_length(own) for own in members])
 
     @override
-    def products(self, gradients: LayerGradients) -> Tensor:
-        return gradients.gram(self._members).mean(1)
+    def products(self, gradients: LayerGradients, columns: Tensor) -> Tensor:
+        # Factors are small beside what they are multiplied with: sorted, for fewer products.
+        order = columns.argsort(stable=True)
+        found = [gradients.like.new_zeros(0)]
+        for number, own in runs(gradients.rows(order), columns[order]):
+            mean = self._members[number]
+            found.append(own.dot(mean) if isinstance(mean, Tensor) else own.gram(mean).mean(1))
+        return torch.cat(found)[order.argsort().to(found[0].device)]
+
+
+def _length(mean: LayerGradients | Tensor) -> Tensor:
+    if isinstance(mean, Tensor):
+        return mean.square().sum().sqrt()
+    return mean.gram(mean).mean().clamp(min=0).sqrt()
 
 
 @dataclass(frozen=True)
@@ -65,7 +101,7 @@ class MeanGradients:
     """
 
     overall: Tensor
-    means: list[MeanGradient]
+    means: Means
     column: Tensor
 
     def columns(self, labels: Tensor) -> Tensor:
@@ -76,18 +112,8 @@ class MeanGradients:
         return torch.where((labels >= n_classes) & (n_classes > 0), -1, found)
 
     def products(self, gradients: LayerGradients, columns: Tensor) -> Tensor:
-        """Inner product of each gradient with one of the means.
-
-        Args:
-            gradients: Gradients of ``n`` samples.
-            columns: ``(n,)`` which mean, any where that is -1; cheapest where equal ones follow
-                each other.
-
-        Returns:
-            ``(n,)``.
-        """
-        found = [self.means[number].products(own) for number, own in runs(gradients, columns)]
-        return torch.cat(found) if found else gradients.like.new_zeros(0)
+        """As :meth:`Means.products`; cheapest where equal columns follow each other."""
+        return self.means.products(gradients, columns)
 
     def norms(self, columns: Tensor) -> Tensor:
         """Lengths of the means that samples are compared with.
@@ -98,7 +124,7 @@ class MeanGradients:
         Returns:
             ``(n,)``, at least 0; NaN where the mean is -1.
         """
-        lengths = torch.stack([mean.norm for mean in self.means])
+        lengths = self.means.norms
         columns = columns.to(lengths.device)
         return lengths[columns].masked_fill(columns < 0, torch.nan)
 
@@ -149,22 +175,18 @@ class ReferenceGradients:
 
     def means(self) -> MeanGradients:
         """Means over everything taken in."""
-        n, labels = len(self._labels), self._labels
-        factors = concatenate(self._factors) if self._factors else None
-        overall = (sum_of(list(self._sums.values())) if factors is None else factors.sum()) / n
-        n_classes = max(int(labels.max()) + 1, 0)
-        counts = torch.bincount(labels[labels >= 0], minlength=n_classes)
-        means: list[MeanGradient] = []
-        column = torch.full((n_classes + 1,), -1)
+        if not self._factors:
+            return _formed_means(self._by_label())
+        factors, labels = concatenate(self._factors), self._labels
+        overall = factors.sum() / len(labels)
+        members: list[LayerGradients | Tensor] = []
+        column = torch.full((max(int(labels.max()) + 1, 0) + 1,), -1)
+        counts = torch.bincount(labels[labels >= 0])
         for label in torch.nonzero(counts >= MIN_CLASS_SAMPLES).flatten().tolist():
-            column[label] = len(means)
-            count = int(counts[label])
-            if factors is None:
-                means.append(_Formed(self._sums[label], count))
-            else:
-                means.append(_cheaper(factors.rows(labels == label), count))
-        column[-1] = len(means)
-        return MeanGradients(overall, [*means, _Formed(overall)], column)
+            column[label] = len(members)
+            members.append(_cheaper(factors.rows(labels == label)))
+        column[-1] = len(members)
+        return MeanGradients(overall, FactoredMeans([*members, overall]), column)
 
     def blended(self, other: "ReferenceGradients", counting_as: float) -> MeanGradients:
         """Means over these samples and those of another set, which weigh less.
@@ -173,25 +195,14 @@ class ReferenceGradients:
             other: The other set, at least one sample.
             counting_as: As how many of these samples the others count together, above 0.
         """
-        sums: dict[int, Tensor] = {}
-        counts: dict[int, float] = {}
-        for part, weight in ((self, 1.0), (other, counting_as / len(other._labels))):
-            for label, (total, count) in part._by_label().items():
-                before = sums.get(label)
-                scaled = total * weight
-                sums[label] = scaled if before is None else before.add_(scaled)
-                counts[label] = counts.get(label, 0.0) + weight * count
-        overall = sum_of(list(sums.values())) / sum(counts.values())
-        means: list[MeanGradient] = []
-        column = torch.full((max(max(counts) + 1, 0) + 1,), -1)
-        for label in sorted(counts):
-            if label >= 0 and counts[label] >= MIN_CLASS_SAMPLES:
-                column[label] = len(means)
-                means.append(_Formed(sums[label], counts[label]))
-        column[-1] = len(means)
-        return MeanGradients(overall, [*means, _Formed(overall)], column)
+        both = self._by_label()
+        weight = counting_as / len(other._labels)
+        for label, (total, count) in other._by_label().items():
+            before, known = both.get(label, (torch.zeros_like(total), 0))
+            both[label] = before.add(total, alpha=weight), known + weight * count
+        return _formed_means(both)
 
-    def _by_label(self) -> dict[int, tuple[Tensor, int]]:
+    def _by_label(self) -> dict[int, tuple[Tensor, float]]:
         """The sum and the number of the gradients of each label."""
         if self._factors:
             self._sum_up(concatenate(self._factors), self._labels)
@@ -201,11 +212,25 @@ class ReferenceGradients:
         return {label: (self._sums[label], count) for label, count in pairs}
 
 
-def _cheaper(members: LayerGradients, count: int) -> MeanGradient:
+def _formed_means(by_label: Mapping[int, tuple[Tensor, float]]) -> MeanGradients:
+    """Means of sums: by label, the sum and the number of its gradients."""
+    known = sorted(
+        label for label, (_, n) in by_label.items() if label >= 0 and n >= MIN_CLASS_SAMPLES
+    )
+    column = torch.full((max(max(by_label) + 1, 0) + 1,), -1)
+    column[[*known, -1]] = torch.arange(len(known) + 1)
+    total = sum_of([total for total, _ in by_label.values()])
+    full = torch.stack([*(by_label[label][0] for label in known), total])
+    counts = [*(by_label[label][1] for label in known), sum(n for _, n in by_label.values())]
+    full /= full.new_tensor(counts)[:, None, None]
+    return MeanGradients(full[-1], FormedMeans(full), column)
+
+
+def _cheaper(members: LayerGradients) -> LayerGradients | Tensor:
     rows, columns = members.full_shape
-    if count * (rows + columns) < rows * columns:
-        return _Factored(members)
-    return _Formed(members.sum(), count)
+    if len(members) * (rows + columns) < rows * columns:
+        return members
+    return members.sum() / len(members)
 
 
 def runs(gradients: LayerGradients, groups: Tensor) -> Iterator[tuple[int, LayerGradients]]:
@@ -223,6 +248,11 @@ def runs(gradients: LayerGradients, groups: Tensor) -> Iterator[tuple[int, Layer
     for group, length in zip(values.tolist(), lengths.tolist(), strict=True):
         yield group, gradients.rows(slice(start, start + length))
         start += length
+
+
+def n_runs(groups: Tensor) -> int:
+    """How many pairs :func:`runs` yields, one where there is nothing."""
+    return 1 + int((groups[1:] != groups[:-1]).sum())
 
 
 def sum_of(parts: list[Tensor]) -> Tensor:

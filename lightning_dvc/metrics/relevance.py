@@ -14,12 +14,13 @@ def relevance(products: Tensor, squared_norms: Tensor, lengths: Tensor) -> Tenso
     """Equation 8, by class: the cosine with the mean reference gradient of the sample's label.
 
     Args:
-        products: ``(n,)`` inner product of each sample's gradient in one layer with that mean.
-        squared_norms: ``(n,)`` squared norms of the samples' gradients there.
-        lengths: ``(n,)`` norms of the means, NaN where a class has too few reference samples.
+        products: ``(n, L)`` inner product of each sample's gradient in each layer with the mean
+            there; any other shape will do that all three have.
+        squared_norms: ``(n, L)`` squared norms of the samples' gradients.
+        lengths: ``(n, L)`` norms of the means, NaN where a class has too few reference samples.
 
     Returns:
-        ``(n,)`` in ``[-1, 1]``; 0 where either gradient vanishes, NaN where the mean is not known.
+        ``(n, L)`` in ``[-1, 1]``; 0 where either gradient vanishes, NaN where the mean is unknown.
 
     Example:
         >>> relevance(torch.tensor([3.0, 0.0]), torch.tensor([9.0, 0.0]), torch.tensor([2.0, 2.0]))

@@ -156,7 +156,9 @@ def score(
             found,
             diversity(h, std.selected) if std.selected is not None else missing,
         ]
-        for h, found, std in zip(captured.representations, relevances, standards, strict=True)
+        for h, found, std in zip(
+            captured.representations, relevances.float().unbind(1), standards, strict=True
+        )
     ]
     global_metrics = [
         impact,
@@ -179,18 +181,18 @@ def _ask_gradients(
     arms: Tensor,
     needs: Set[str],
     rewards: ArmRewards | None,
-) -> tuple[list[Tensor], Tensor]:
-    """Relevance of each layer, and gradient impact; NaN where not needed.
+) -> tuple[Tensor, Tensor]:
+    """Relevance ``(n, L)`` and gradient impact ``(n,)``; NaN where not needed.
 
     Everything is asked of one part of the samples before the next, while it is in the cache.
     """
-    labels, relevances, products, lengths = captured.labels, [], [], []
+    labels, found = captured.labels, []
     compared = not needs.isdisjoint({"relevance", "gradient_impact"})
     # Samples of one source, and in it of one class, follow each other.
     order = (arms * (len(standards[0].reference.column) + 1) + labels).argsort(stable=True)
     for number, (layer, std) in enumerate(zip(captured.gradients, standards, strict=True)):
         columns = std.reference.columns(labels)
-        product, squared = (layer.like.new_full((len(captured),), torch.nan) for _ in range(2))
+        product, squared = layer.like.new_full((2, len(captured)), torch.nan)
         for rows, part in layer.parts(order=order):
             if compared:
                 product[rows] = std.reference.products(part, columns[rows])
@@ -198,19 +200,16 @@ def _ask_gradients(
                 squared[rows] = part.squared_norms()
             if rewards is not None:
                 rewards.add(number, part, arms[rows])
-        length = std.reference.norms(columns)
-        relevances.append(relevance(product, squared, length).float())
-        products.append(product.to(captured.losses.device))
-        lengths.append(length.to(captured.losses.device))
+        each = (product, squared, std.reference.norms(columns))
+        found.append([x.to(captured.losses.device)[:, None] for x in each])
     if rewards is not None:
         rewards.close(arms)
-    impact = torch.full_like(products[0], torch.nan)
+    # Concatenated, since layers may differ in precision.
+    products, squares, lengths = (torch.cat(each, dim=1) for each in zip(*found, strict=True))
+    impact = torch.full_like(products[:, 0], torch.nan)
     if "gradient_impact" in needs:
-        # Concatenated, since layers may differ in precision.
-        impact = gradient_impact(
-            *(torch.cat([x[:, None] for x in each], 1) for each in (products, lengths))
-        )
-    return relevances, impact
+        impact = gradient_impact(products, lengths)
+    return relevance(products, squares, lengths), impact
 
 
 def _uncertainty(captured: Captured) -> Tensor:

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from examples.bench import exactness
-from examples.bench.measure import Figure, medians
+from examples.bench.measure import Calls, Figure, medians
 from examples.bench.models import CASES, Case, Model
 from examples.bench.scoring import EVERY, Bench, class_means, vmapped
 
@@ -55,6 +55,21 @@ def test_models_train_and_are_scored(name):
     assert len(scores) == 8
     assert scores.raw().isfinite().all()
     bench.candidates()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_sources_cost_few_calls_however_their_candidates_are_mixed(name):
+    bench = Bench(Case(CASES[name].make, CASES[name].shape, 32), n_reference=100)
+    one, six = (bench.calls(n_sources)[0] for n_sources in (1, 6))
+    assert six < 1.25 * one
+
+
+def test_calls_are_counted_but_for_views():
+    x = torch.ones(2, 2)
+    with Calls() as calls:
+        x.T[0].add(1).mul_(2)
+    x.add(1)
+    assert calls.number == 2
 
 
 def test_what_vmap_forms_is_what_is_asked_of_the_factors():

@@ -304,8 +304,23 @@ def test_relevance_by_inner_products_is_that_of_formed_means(sets, batch_size):
     for label in range(3):
         count, cost = int((at == label).sum()), sum(reference.full_shape)
         if count >= 3:
-            mean = kept.means[kept.column[label]]
-            assert (type(mean).__name__ == "_Formed") == (count * cost >= size)
+            mean = kept.means._members[kept.column[label]]
+            assert isinstance(mean, torch.Tensor) == (count * cost >= size)
+
+
+@pytest.mark.parametrize("form", ["factors", "formed"])
+@pytest.mark.parametrize("labels", [[0] * 12, [0] * 6 + [1] * 6, [0, 1, 2, -1] * 3, [5] * 12])
+def test_products_do_not_depend_on_what_else_is_asked(form, labels):
+    # Means are multiplied one by one, or all at once, where there are as many runs of one label.
+    both = [
+        OuterProducts(normal(n, 1, 9, seed=n), normal(n, 1, 8, seed=n + 1), True) for n in (30, 12)
+    ]
+    reference, gradients = (x.formed() if form == "formed" else x for x in both)
+    means = taken_in(reference, [0, 1, 2] * 10)
+    columns = means.columns(torch.tensor(labels))
+    known = columns >= 0
+    alone = [means.products(gradients.rows(slice(i, i + 1)), columns[i : i + 1]) for i in range(12)]
+    near(means.products(gradients, columns)[known], torch.cat(alone)[known].tolist())
 
 
 @pytest.mark.parametrize("order", [[1, 3, 1], [1, 1, 3], [3, 1, 1]])

@@ -236,7 +236,7 @@ def test_relevance_over_all_compares_no_class_by_itself(reference, blend):
         Rounds(reference=reference, blend=blend, by_class=each).examine() for each in (True, False)
     )
     for ours, theirs in zip(by_class.standards, over_all.standards, strict=True):
-        assert len(ours.reference.means) > len(theirs.reference.means) == 1
+        assert len(ours.reference.means.norms) > len(theirs.reference.means.norms) == 1
         torch.testing.assert_close(theirs.reference.overall, ours.reference.overall)
     assert torch.equal(by_class.labels, over_all.labels)  # the label mix needs them all the same
 
