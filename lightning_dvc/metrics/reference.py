@@ -1,5 +1,6 @@
 """What relevance and gradient impact compare with: mean reference gradients, by class."""
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -132,6 +133,11 @@ class MeanGradients:
 class ReferenceGradients:
     """Takes in the reference gradients of one layer, batch by batch.
 
+    Args:
+        most_classes: Of so many classes at most sums are kept, each as large as the layer: of those
+            in the first batches, and of the larger ones there. The samples of others only count
+            among all. At least 0.
+
     Example:
         >>> from lightning_dvc.capture.gradients import Materialised
         >>> seen = ReferenceGradients()
@@ -141,12 +147,14 @@ class ReferenceGradients:
         ([0, -1, 1], 4.0)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most_classes: int = sys.maxsize) -> None:
+        self._most_classes = most_classes
         # Of factors with one position the samples are kept; of others only the sums by label. A
         # layer's batches may differ in it, as those of sentences do: then all are summed up.
         self._factors: list[LayerGradients] = []
-        self._sums: dict[int, Tensor] = {}
-        self._labels = torch.empty(0, dtype=torch.int64)
+        self._labels: list[Tensor] = []
+        self._sums: dict[int, tuple[Tensor, float]] = {}
+        self._n = 0
 
     def add(self, gradients: LayerGradients, labels: Tensor) -> None:
         """Take in a batch.
@@ -155,29 +163,41 @@ class ReferenceGradients:
             gradients: Gradients of ``m`` reference samples, ``m >= 1``.
             labels: ``(m,)`` classes, -1 where there is none.
         """
-        before, self._labels = self._labels, torch.cat([self._labels, labels])
+        self._n += len(labels)
         one_position = isinstance(gradients, OuterProducts) and gradients.positions == 1
         if one_position and not self._sums:
             self._factors.append(gradients)
-            return
+            self._labels.append(labels)
+        else:
+            self._sum_up_factors()
+            self._sum_up(gradients, labels)
+
+    def _sum_up_factors(self) -> None:
         if self._factors:
-            self._sum_up(concatenate(self._factors), before)
+            self._sum_up(concatenate(self._factors), torch.cat(self._labels))
             self._factors.clear()
-        self._sum_up(gradients, labels)
 
     def _sum_up(self, gradients: LayerGradients, labels: Tensor) -> None:
+        labels = self._without_classes_too_many(labels)
         for rows, part in gradients.parts(order=labels.argsort(stable=True)):
             for label, own in runs(part, labels[rows]):
-                if label not in self._sums:
-                    self._sums[label] = own.sum()
-                else:
-                    own.accumulate(self._sums[label])
+                total, count = self._sums.get(label) or (own.like.new_zeros(own.full_shape), 0)
+                own.accumulate(total)
+                self._sums[label] = total, count + len(own)
+
+    def _without_classes_too_many(self, labels: Tensor) -> Tensor:
+        """Labels, -1 for classes of which no sum is to be kept."""
+        found, counts = torch.unique(labels, return_counts=True)
+        known = torch.isin(found, torch.tensor([-1, *self._sums]))
+        room = self._most_classes - sum(label >= 0 for label in self._sums)
+        fresh = found[~known][counts[~known].argsort(descending=True, stable=True)]
+        return labels.masked_fill(torch.isin(labels, fresh[room:]), -1)
 
     def means(self) -> MeanGradients:
-        """Means over everything taken in."""
+        """Means over everything taken in, which is let go: of many classes it is large."""
         if not self._factors:
-            return _formed_means(self._by_label())
-        factors, labels = concatenate(self._factors), self._labels
+            return _formed_means(self._let_go())
+        factors, labels = concatenate(self._factors), torch.cat(self._labels)
         overall = factors.sum() / len(labels)
         members: list[LayerGradients | Tensor] = []
         column = torch.full((max(int(labels.max()) + 1, 0) + 1,), -1)
@@ -189,27 +209,24 @@ class ReferenceGradients:
         return MeanGradients(overall, FactoredMeans([*members, overall]), column)
 
     def blended(self, other: "ReferenceGradients", counting_as: float) -> MeanGradients:
-        """Means over these samples and those of another set, which weigh less.
+        """Means over these samples and those of another set, which weigh less; both are let go.
 
         Args:
             other: The other set, at least one sample.
             counting_as: As how many of these samples the others count together, above 0.
         """
-        both = self._by_label()
-        weight = counting_as / len(other._labels)
-        for label, (total, count) in other._by_label().items():
+        both = self._let_go()
+        weight = counting_as / other._n
+        for label, (total, count) in other._let_go().items():
             before, known = both.get(label, (torch.zeros_like(total), 0))
-            both[label] = before.add(total, alpha=weight), known + weight * count
+            both[label] = before.add_(total, alpha=weight), known + weight * count
         return _formed_means(both)
 
-    def _by_label(self) -> dict[int, tuple[Tensor, float]]:
-        """The sum and the number of the gradients of each label."""
-        if self._factors:
-            self._sum_up(concatenate(self._factors), self._labels)
-            self._factors.clear()
-        labels, counts = torch.unique(self._labels, return_counts=True)
-        pairs = zip(labels.tolist(), counts.tolist(), strict=True)
-        return {label: (self._sums[label], count) for label, count in pairs}
+    def _let_go(self) -> dict[int, tuple[Tensor, float]]:
+        """The sum and the number of the gradients of each label, which are not kept here."""
+        self._sum_up_factors()
+        sums, self._sums = self._sums, {}
+        return sums
 
 
 def _formed_means(by_label: Mapping[int, tuple[Tensor, float]]) -> MeanGradients:

@@ -1,5 +1,6 @@
 """What DVC remembers of the model and of the samples it has seen, from round to round."""
 
+import math
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from functools import partial
@@ -34,6 +35,9 @@ _ENOUGH: Final = 2
 DENSITY_SIZE: Final = 256
 """Points of the reservoir that the exact density is made of. With 1,000 of them diversity took half
 as long as a training step of a small MLP."""
+# Numbers in the reference gradients of all classes together: 4 GiB in single precision, or 128
+# classes of the largest model that is not projected.
+_SUMS: Final = 2**30
 # Share of the held-out samples that may seem to repeat another one, or a selected one.
 _MOST_ALIKE: Final = 0.2
 
@@ -349,7 +353,9 @@ class Observer:
 def _take(gradients: list[ReferenceGradients], captured: Captured, *, by_label: bool) -> None:
     """Add a batch to what each layer has taken in."""
     if not gradients:
-        gradients.extend(ReferenceGradients() for _ in captured.gradients)
+        numbers = sum(math.prod(layer.full_shape) for layer in captured.gradients)
+        most = _SUMS // max(numbers, 1)
+        gradients.extend(ReferenceGradients(most) for _ in captured.gradients)
     labels = captured.labels if by_label else torch.full_like(captured.labels, -1)
     for layer, batch in zip(gradients, captured.gradients, strict=True):
         layer.add(batch, labels)

@@ -308,6 +308,27 @@ def test_relevance_by_inner_products_is_that_of_formed_means(sets, batch_size):
             assert isinstance(mean, torch.Tensor) == (count * cost >= size)
 
 
+@pytest.mark.parametrize("most", [0, 1, 2, 3])
+def test_of_more_classes_than_memory_allows_the_largest_are_known(most):
+    # One position is kept in factors, whatever the classes; two are summed up.
+    gradients = OuterProducts(normal(21, 2, 6, seed=0), normal(21, 2, 5, seed=1), True)
+    labels = torch.tensor([0, 1, 1, 2, 1, 2] * 3 + [0, 0, 0])
+    reference = ReferenceGradients(most_classes=most)
+    for rows in (slice(0, 18), slice(18, 21)):
+        reference.add(gradients.rows(rows), labels[rows])
+    means = reference.means()
+    full = gradients.formed().gradients
+    torch.testing.assert_close(means.overall, oracles.mean(list(full)))
+    found = relevance_of(gradients, labels, means)
+    known = [1, 2, 0][:most] or [0, 1, 2]  # without classes, all are compared with the overall mean
+    at = labels.tolist() if most else [-1] * 21
+    for i, label in enumerate(labels.tolist()):
+        if label in known:
+            near(found[i : i + 1], [oracles.relevance(full[i], at[i], full, at)])
+        else:
+            assert found[i].isnan()
+
+
 @pytest.mark.parametrize("form", ["factors", "formed"])
 @pytest.mark.parametrize("labels", [[0] * 12, [0] * 6 + [1] * 6, [0, 1, 2, -1] * 3, [5] * 12])
 def test_products_do_not_depend_on_what_else_is_asked(form, labels):

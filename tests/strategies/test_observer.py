@@ -13,6 +13,7 @@ from lightning_dvc.capture.probe import Probe
 from lightning_dvc.memory.near_duplicates import NearDuplicates
 from lightning_dvc.pools import Pools
 from lightning_dvc.records import METRICS
+from lightning_dvc.strategies import observer
 from lightning_dvc.strategies.base import Round
 from lightning_dvc.strategies.observer import Observer, ObserverSettings
 from lightning_dvc.strategies.scoring import Scores
@@ -239,6 +240,16 @@ def test_relevance_over_all_compares_no_class_by_itself(reference, blend):
         assert len(ours.reference.means.norms) > len(theirs.reference.means.norms) == 1
         torch.testing.assert_close(theirs.reference.overall, ours.reference.overall)
     assert torch.equal(by_class.labels, over_all.labels)  # the label mix needs them all the same
+
+
+@pytest.mark.parametrize("most", [0, 1, 3])
+def test_sums_of_no_more_classes_are_kept_than_fit(monkeypatch, most):
+    size = sum(gradient.numel() for gradient in Rounds().examine().gradient)
+    monkeypatch.setattr(observer, "_SUMS", most * size + size - 1)
+    # Of three classes; a blend is made of the sums of two sets, which need not keep the same.
+    for standards in Rounds(blend=100).examine().standards:
+        n_classes = len(standards.reference.means.norms) - 1
+        assert most <= n_classes <= min(2 * most, 3)
 
 
 @pytest.mark.parametrize(
