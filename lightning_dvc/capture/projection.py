@@ -28,8 +28,9 @@ class Projection:
     """Projects the gradients of one layer.
 
     Args:
-        full_shape: ``(d_out, columns)`` of a full gradient; a side of at most :data:`WIDTH` stays.
-        name: Name of the layer; the same name and shape make the same projection.
+        full_shape: ``(d_out, columns)`` of a full gradient.
+        name: Name of the layer; the same name, shape and width make the same projection.
+        width: Rows and columns that are left, at least 1; a side that has no more stays.
 
     Example:
         >>> from lightning_dvc.capture.gradients import OuterProducts
@@ -38,10 +39,10 @@ class Projection:
         (10, 256)
     """
 
-    def __init__(self, full_shape: tuple[int, int], name: str) -> None:
+    def __init__(self, full_shape: tuple[int, int], name: str, width: int = WIDTH) -> None:
         purpose = zlib.crc32(name.encode())
         self._left, self._right = (
-            _side(size, purpose, number) for number, size in enumerate(full_shape)
+            _side(size, width, purpose, number) for number, size in enumerate(full_shape)
         )
 
     def __call__(self, gradients: LayerGradients) -> LayerGradients:
@@ -78,8 +79,8 @@ def plan_projections(layers: Mapping[str, nn.Module], exact_numbers: int) -> dic
     return projected
 
 
-def _side(size: int, purpose: int, number: int) -> Tensor:
-    if size <= WIDTH:
+def _side(size: int, width: int, purpose: int, number: int) -> Tensor:
+    if size <= width:
         return torch.eye(size)
     generator = torch_stream(purpose, "projection", number)
-    return torch.randn(size, WIDTH, generator=generator) / math.sqrt(WIDTH)
+    return torch.randn(size, width, generator=generator) / math.sqrt(width)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_dvc.capture.gradients import LayerGradients, Materialised
+from lightning_dvc.capture.projection import Projection
 from lightning_dvc.distributed import Group
 from lightning_dvc.metrics.reference import runs
 
@@ -26,6 +27,9 @@ WORTHLESS: Final[Mapping[str, float]] = {
 }
 """The reward of a source of no use, by kind of reward; values are ranks, one half on average."""
 
+# Numbers in the sums of all arms, of 8 bytes each; and what is left of each side of larger ones.
+_SUMS: Final = 2**28
+_WIDTH: Final = 64
 
 NOT_JUDGED_BY: Final = -1
 """In place of its source, for a candidate that the source is not to be judged by."""
@@ -35,7 +39,9 @@ class ArmRewards:
     """Mean candidate gradient of each arm, compared with the mean reference gradient.
 
     The reward of an arm is ``(1 + cos(mean gradient of its candidates, reference gradient)) / 2``
-    over all captured layers together.
+    over all captured layers together. Of so many arms that their sums would take more than 2 GiB
+    (32 arms of the largest model that is not projected), sums and reference are projected to at
+    most 64 x 64 numbers a layer, see :mod:`lightning_dvc.capture.projection`.
 
     Args:
         n_arms: Number of sources ``K``.
@@ -43,10 +49,17 @@ class ArmRewards:
     """
 
     def __init__(self, n_arms: int, reference: Sequence[Tensor]) -> None:
+        self._projections: list[Projection] = []
+        if n_arms * sum(full.numel() for full in reference) > _SUMS:
+            shapes = [(len(full), full.shape[1]) for full in reference]
+            self._projections = [
+                Projection(shape, f"arms {number}", _WIDTH) for number, shape in enumerate(shapes)
+            ]
         # In double precision, so that it matters little in which order processes add up batches;
         # Apple's devices have none.
         self._reference = [
-            full if full.device.type == "mps" else full.double() for full in reference
+            self._kept(layer, full if full.device.type == "mps" else full.double())
+            for layer, full in enumerate(reference)
         ]
         self._sums = [full.new_zeros(n_arms, *full.shape) for full in self._reference]
         self._batch: dict[tuple[int, int], Tensor] = {}
@@ -74,9 +87,15 @@ class ArmRewards:
             arms: ``(n,)`` the sources of its candidates, or :data:`NOT_JUDGED_BY`.
         """
         for (layer, arm), total in self._batch.items():
-            self._sums[layer][arm] += total
+            self._sums[layer][arm] += self._kept(layer, total)
         self._batch.clear()
         self._counts += torch.bincount(arms[arms != NOT_JUDGED_BY], minlength=len(self._counts))
+
+    def _kept(self, layer: int, full: Tensor) -> Tensor:
+        """What is kept of a full gradient."""
+        if not self._projections:
+            return full
+        return self._projections[layer](Materialised(full[None])).formed().gradients[0]
 
     def take_in(self, gradients: Sequence[LayerGradients], arms: Tensor) -> None:
         """Take in a whole batch.

@@ -13,6 +13,7 @@ from lightning_dvc.capture.convolution import Convolved
 from lightning_dvc.capture.gradients import Materialised, OuterProducts
 from lightning_dvc.capture.scattered import Scattered
 from lightning_dvc.distributed import Group
+from lightning_dvc.strategies import rewards as rewards_module
 from lightning_dvc.strategies.rewards import NOT_JUDGED_BY, ArmRewards, MeasuredGain, mean_by_arm
 
 ARMS = 4
@@ -122,6 +123,26 @@ def test_candidates_may_come_to_count_later(kinds, candidates, seed):
     expected = torch.tensor(rewards_by_hand(full, at.tolist(), reference), dtype=torch.float64)
     found = rewards.rewards(Group())
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-9, equal_nan=True)
+
+
+def test_of_very_many_arms_only_projected_sums_are_kept(monkeypatch):
+    """Each arm's gradients agree with the reference by another known cosine."""
+    n_arms, shape = 60, (300, 200)
+    monkeypatch.setattr(rewards_module, "_SUMS", n_arms * 64 * 64)
+    reference, cosines = normal(*shape, seed=0), torch.linspace(-0.9, 0.9, n_arms).double()
+    across = torch.stack([normal(*shape, seed=1 + arm) for arm in range(n_arms)])
+    unit = reference / reference.norm()
+    across -= (across * unit).sum((1, 2))[:, None, None] * unit
+    across /= across.flatten(1).norm(dim=1)[:, None, None]
+    full = cosines[:, None, None] * unit + (1 - cosines**2).sqrt()[:, None, None] * across
+    rewards, arms = ArmRewards(n_arms, [reference]), torch.arange(n_arms)
+    for rows in arms.repeat(2).split(25):  # each arm twice, in parts of batches
+        rewards.add(0, Materialised(full[rows]), rows)
+        rewards.close(rows)
+    assert sum(total.numel() for total in rewards._sums) == n_arms * 64 * 64
+    found = 2 * rewards.rewards(Group()) - 1
+    assert (found - cosines).abs().max() < 0.06  # four standard deviations of 1 / 64
+    assert (found - cosines).abs().max() > 1e-6  # else nothing was projected
 
 
 def test_batches_after_a_question_count_as_well():
