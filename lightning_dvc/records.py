@@ -43,12 +43,11 @@ class Choice:
     figures: dict[str, float] = field(default_factory=dict)
 
     @staticmethod
-    def unscored(ids: Tensor, figures: dict[str, float] | None = None) -> "Choice":
+    def unscored(ids: Tensor) -> "Choice":
         """A choice without values: a warm-up, or a strategy that does not score.
 
         Args:
             ids: ``(a,)`` ids to add.
-            figures: What to log.
 
         Example:
             >>> Choice.unscored(torch.tensor([4, 2])).raw.shape
@@ -60,7 +59,6 @@ class Choice:
             values=torch.full((len(ids),), torch.nan),
             raw=torch.full((len(ids), n_metrics), torch.nan),
             weights=torch.full((n_metrics,), torch.nan),
-            figures=figures or {},
         )
 
 

@@ -25,9 +25,8 @@ def test_an_unscored_choice_keeps_its_ids_and_knows_nothing_else():
 
 
 def test_an_unscored_choice_of_nothing():
-    nothing = Choice.unscored(torch.empty(0, dtype=torch.int64), figures={"round": 3.0})
+    nothing = Choice.unscored(torch.empty(0, dtype=torch.int64))
     assert nothing.raw.shape == (0, len(METRICS))
-    assert nothing.figures == {"round": 3.0}
 
 
 def test_defaults_are_not_shared():

@@ -70,26 +70,6 @@ class RandomHyperplanes:
         return (bits << torch.arange(self.bits, device=x.device)).sum(2)
 
 
-def hamming(codes_a: Tensor, codes_b: Tensor) -> Tensor:
-    """Count the bits in which codes differ.
-
-    Args:
-        codes_a: ``(n, tables)`` int64 codes, at least 0.
-        codes_b: ``(m, tables)`` codes of the same hyperplanes.
-
-    Returns:
-        ``(n, m)`` int64 number of differing bits over all tables.
-
-    Example:
-        >>> hamming(torch.tensor([[0b101, 0]]), torch.tensor([[0b110, 1], [0b101, 0]]))
-        tensor([[3, 0]])
-    """
-    differing = codes_a.new_zeros(len(codes_a), len(codes_b))
-    for a, b in zip(codes_a.T, codes_b.T, strict=True):
-        differing += _ones(a[:, None] ^ b[None, :])
-    return differing
-
-
 def near_duplicate_pairs(
     codes: Tensor, known: Tensor, bits: int, max_angle: float, most_pairs: int | None = None
 ) -> Tensor:
