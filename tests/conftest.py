@@ -4,9 +4,13 @@ import socket
 import pytest
 import torch
 from helpers import problems
+from hypothesis import HealthCheck, settings
 
 # Tests run in several processes at once, and tiny models gain nothing from threads.
 torch.set_num_threads(1)
+# No test depends on how fast the machine is.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 
 def pytest_addoption(parser):

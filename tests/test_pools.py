@@ -59,7 +59,6 @@ SIZES = st.lists(st.integers(1, 8), min_size=1, max_size=5)
 # -- global ids
 
 
-@settings(deadline=None)
 @given(SIZES)
 def test_ids_name_every_sample_once_and_both_ways(sizes):
     pools = pools_of(*sizes)
@@ -126,7 +125,7 @@ def draws(draw):
     return size, free, count
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(draws(), st.integers(0, 2**40))
 def test_a_draw_holds_distinct_free_ids_of_its_arm(problem, seed):
     size, free, count = problem
@@ -267,7 +266,7 @@ def apply_marks(pools, held, marks):
         assert_equals_oracle(pools, held)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(MARKS, MARKS, MARKS)
 def test_behaves_like_a_dictionary_also_across_a_reload(before, overwritten, after):
     pools, held = pools_of(5, 1, 6), dict.fromkeys(range(12), FREE)
@@ -327,7 +326,7 @@ def test_a_fingerprint_is_names_and_sizes_in_order():
 # -- sources added later
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(MARKS, MARKS)
 def test_pools_that_grew_are_like_pools_that_were_made_so(before, after):
     pools, held = pools_of(5, 1), dict.fromkeys(range(6), FREE)

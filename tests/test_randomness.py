@@ -22,7 +22,7 @@ WORDS = st.lists(st.integers(0, 3), max_size=5).map(tuple)
 ARGUMENTS = st.tuples(st.integers(0, 2), st.sampled_from(["draw", "fit", "é"]), WORDS)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(ARGUMENTS, ARGUMENTS)
 def test_streams_are_equal_exactly_when_their_arguments_are(one, other):
     for drawn in (draws, torch_draws):

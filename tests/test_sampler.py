@@ -24,7 +24,7 @@ def sampler_of(ids, seed=0, size=100, **placed):
 # -- the order
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(IDS, st.integers(0, 2**40), st.integers(0, 1000), st.integers(1, 60))
 def test_ranks_share_every_sample_and_get_equally_many(ids, seed, epoch, world_size):
     ids = np.array(ids)
@@ -70,7 +70,6 @@ def test_every_position_is_equally_likely():
 # -- the sampler
 
 
-@settings(deadline=None)
 @given(IDS, st.integers(1, 9), st.data())
 def test_length_is_the_number_emitted(ids, world_size, data):
     rank = data.draw(st.integers(0, world_size - 1))

@@ -82,7 +82,7 @@ ACTIONS = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(ACTIONS)
 def test_behaves_like_a_list_of_rows_also_across_a_reload(actions):
     pools = Pools({"a": range(8), "b": range(12)})
@@ -202,7 +202,7 @@ def selections(draw):
     )
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(selections(), st.sampled_from([".parquet", ".csv"]))
 def test_any_names_reasons_and_numbers_survive_a_file(selection, suffix):
     with tempfile.TemporaryDirectory() as folder:

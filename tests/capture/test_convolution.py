@@ -67,7 +67,7 @@ def assert_convolution(axes, arguments, x):
 
 
 @pytest.mark.parametrize("axes", [1, 2, 3])
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(data=st.data(), n=st.integers(1, 3), seed=st.integers(0, 99))
 def test_convolution(axes, data, n, seed):
     arguments, image = data.draw(convolutions(axes))

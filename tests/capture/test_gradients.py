@@ -63,14 +63,14 @@ def draw(form, n, positions, d_in, d_out, bias, seed):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(shape=SHAPES)
 def test_each_form_answers_like_full_gradients(form, shape):
     assert_gradients(*draw(form, **shape))
 
 
 @pytest.mark.parametrize("form", FORMS)
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(shape=SHAPES, m=st.integers(1, 4), positions=st.sampled_from([1, 3]))
 def test_products_with_other_samples(form, shape, m, positions):
     ours, expected = draw(form, **shape)
@@ -122,7 +122,7 @@ def test_gradients_too_large_to_be_formed_at_once():
 
 
 @pytest.mark.parametrize("form", FORMS)
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(shape=SHAPES, data=st.data())
 def test_rows_by_position_by_mask_and_by_range(form, shape, data):
     n = shape["n"]
@@ -134,7 +134,7 @@ def test_rows_by_position_by_mask_and_by_range(form, shape, data):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(shape=SHAPES, parts=st.integers(1, 3))
 def test_joined_parts_are_the_whole(form, shape, parts):
     found, expected = draw(form, **shape)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
@@ -268,7 +268,6 @@ def test_large_tensors_kept_as_attributes_are_not_copied(monkeypatch):
     ),
     fails=st.booleans(),
 )
-@settings(deadline=None)
 def test_random_streams_go_on_as_if_nothing_had_been_drawn(draws, fails):
     moves = {
         "torch": lambda: torch.rand(3),

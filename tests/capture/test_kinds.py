@@ -62,7 +62,7 @@ def moved(make):
 # --- linear layers and embeddings --------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     n=st.integers(1, 4),
     positions=st.lists(st.integers(1, 3), max_size=3),
@@ -76,7 +76,7 @@ def test_linear(n, positions, d_in, d_out, bias, seed):
     assert isinstance(assert_captured(net, normal(n, *positions, d_in, seed=seed)), OuterProducts)
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(
     n=st.integers(1, 4),
     positions=st.lists(st.integers(1, 4), max_size=3),
@@ -121,7 +121,7 @@ AXES = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
 @pytest.mark.parametrize("make", [nn.LayerNorm, nn.RMSNorm])
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     n=st.integers(1, 4),
     positions=st.lists(st.integers(1, 3), max_size=2),
@@ -143,7 +143,7 @@ def test_norms_of_the_last_axes(make, n, positions, shape, bias, eps, seed):
     assert found.full_shape[1] == 1 + (make is nn.LayerNorm and bias)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     n=st.integers(1, 4),
     image=st.lists(st.integers(1, 3), max_size=3),
@@ -158,7 +158,7 @@ def test_group_norm(n, image, groups, eps, seed):
 
 
 @pytest.mark.parametrize("axes", [1, 2, 3])
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     n=st.integers(1, 4),
     image=st.lists(st.integers(1, 3), min_size=3, max_size=3),

@@ -55,7 +55,7 @@ def assert_rows_match_ids(batches):
             assert torch.equal(torch.stack(batch.samples), expected)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     ids=st.lists(st.integers(0, 20), max_size=12),
     broken=st.sets(st.integers(0, 20)),
@@ -97,7 +97,7 @@ def test_sample_of_another_shape_does_not_take_its_batch_along(odd):
     assert_rows_match_ids(batches)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(widths=st.lists(st.integers(1, 3), min_size=1, max_size=8))
 def test_most_samples_that_make_a_batch_together_are_kept(widths):
     batch = load(range(len(widths)), Rows(dict(enumerate(map(torch.zeros, widths)))), batch_size=8)

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_dvc.capture.outcome import Outcome, infer_kind
@@ -103,7 +103,6 @@ def test_unknown_tells_nothing():
     dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
     kind=st.sampled_from(["multiclass", "multilabel"]),
 )
-@settings(deadline=None)
 def test_figures_of_classes_stay_in_the_unit_interval(logits, dtype, kind):
     outputs = torch.tensor(logits).reshape(2, 3).to(dtype)
     targets = torch.tensor([0, 2]) if kind == "multiclass" else torch.eye(3)[:2]

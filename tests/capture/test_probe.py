@@ -152,7 +152,7 @@ def reasons(probe):
 # --- what is captured --------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(
     ids=st.lists(st.integers(0, 50), min_size=1, max_size=9),
     batch_size=st.integers(1, 10),
@@ -786,7 +786,7 @@ def test_batches_padded_to_different_lengths_are_joined():
 # --- rows and join -----------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=8)
+@settings(max_examples=8)
 @given(
     mask=st.lists(st.booleans(), min_size=SIZE, max_size=SIZE).filter(any),
     cut=st.integers(1, SIZE - 1),

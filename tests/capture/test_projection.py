@@ -42,7 +42,7 @@ LARGE = {"n": 3, "positions": 2, "rows": 280, "columns": 290, "bias": True, "see
 
 
 @pytest.mark.parametrize("form", FORMS)
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(shape=SHAPES, k=st.integers(1, 3), m=st.integers(1, 3))
 def test_projected_gradients_are_gradients_projected(form, shape, k, m):
     found = draw(form, **shape)

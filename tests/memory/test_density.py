@@ -34,7 +34,7 @@ def slow_density(queries, points, bandwidth_squared):
     )
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     st.integers(1, 6),
     st.integers(0, 5),
@@ -123,7 +123,7 @@ def test_variance_is_as_stated(monkeypatch):
     assert (standard_error[:3] <= 0.1 * stated[:3]).all()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.integers(0, 10_000),
     st.integers(1, 39),
@@ -183,7 +183,7 @@ def test_neighbours_make_up_for_what_a_sample_misses_under_a_narrow_bandwidth():
     assert both.abs().mean() < alone.abs().mean() < sampled.abs().mean()
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.integers(0, 10_000), st.floats(0.01, 100), st.floats(0.1, 100))
 def test_hashed_density_is_never_farther_from_the_truth_than_its_estimate(seed, bandwidth, spread):
     points = normal(12, 4, seed=seed, dtype=torch.float64)

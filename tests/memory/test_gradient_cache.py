@@ -68,7 +68,7 @@ STEP = st.one_of(
 )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     capacity=st.integers(0, 6),
     steps=st.lists(STEP, max_size=25),
@@ -101,7 +101,7 @@ def test_behaves_like_a_dictionary_also_across_a_reload(capacity, steps, reload_
         assert cache.n_bytes <= budget
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(BATCH, BATCH, st.integers(0, 4 * ROW_BYTES))
 def test_state_round_trip_is_exact(first, second, budget):
     cache = GradientCache(budget)

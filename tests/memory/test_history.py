@@ -51,7 +51,7 @@ STEP = st.tuples(
 )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.integers(1, 4), st.integers(1, 12), st.lists(STEP, max_size=20))
 def test_behaves_like_a_dictionary_also_across_a_reload(window, capacity, steps):
     history, model, state = SampleHistory(window, capacity), Model(window, capacity), 0

@@ -95,7 +95,7 @@ def shared(a, b, more, bits=3):
     ]
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.data(), st.integers(0, 8), st.integers(1, 7), st.none() | st.integers(0, 12))
 def test_near_duplicate_pairs_are_those_that_share_a_bucket_and_differ_little(
     data, limit, chunk, most_pairs
@@ -117,7 +117,7 @@ def test_near_duplicate_pairs_are_those_that_share_a_bucket_and_differ_little(
     assert found.tolist() == expected
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.data(), st.sampled_from([1, 2, 5, 16, 31, 32, 40, 62]), st.integers(0, 3))
 def test_buckets_are_told_apart_by_no_more_than_it_takes(data, bits, most):
     word = st.sampled_from([0, 1, 2**bits - 1, 2 ** (bits - 1)])
@@ -131,7 +131,7 @@ def test_buckets_are_told_apart_by_no_more_than_it_takes(data, bits, most):
     assert found.tolist() == [list(pair) for pair in sorted(mates)]
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.data(), st.integers(1, 5), st.sampled_from([3, 16, 31, 32, 62]))
 def test_packed_codes_differ_in_as_many_bits(data, tables, bits):
     row = st.tuples(*[st.integers(0, 2**bits - 1)] * tables)
@@ -168,7 +168,7 @@ def slow_around(codes, wanted, most):
     return sorted(found)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.data(), st.integers(1, 5), st.sampled_from([3, 2**40]))
 def test_around_a_query_are_its_neighbours_in_each_table_once(data, most, largest):
     words = st.tuples(*[st.integers(0, largest)] * 3)

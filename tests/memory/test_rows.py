@@ -36,7 +36,7 @@ class Model:
                 self.held.pop(i, None)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(capacity=st.integers(0, 6), steps=STEPS)
 def test_behaves_like_an_ordered_dictionary(capacity, steps):
     rows, model = RowIndex(capacity), Model(capacity)
@@ -93,7 +93,7 @@ def test_looks_up_ids_that_are_not_contiguous():
 
 
 @given(BATCH)
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_last_occurrences(batch):
     expected = [k for k, i in enumerate(batch) if i not in batch[k + 1 :]]
     assert last_occurrences(tensor(batch)).tolist() == expected

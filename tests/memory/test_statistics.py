@@ -44,7 +44,7 @@ def check_welford(statistic, values):
         assert statistic.variance.item() == pytest.approx(exact.var(), abs=1e-13 * scale**2)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(BATCHES, BATCHES)
 def test_welford_is_the_two_pass_formula_also_merged_and_reloaded(first, second):
     left, right = welford_of(first), welford_of(second)
@@ -104,7 +104,7 @@ def check_median(statistic, values):
         assert statistic.mad == pytest.approx(np.median(np.abs(exact - median)), abs=1e-9)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(BATCHES, st.integers(1, 12), st.integers(0, 6))
 def test_median_of_the_window_also_across_a_reload(batches, window, reload_at):
     statistic, values = StreamingMedian(window), deque(maxlen=window)
@@ -118,7 +118,7 @@ def test_median_of_the_window_also_across_a_reload(batches, window, reload_at):
         check_median(statistic, values)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.lists(BATCHES, min_size=1, max_size=3), st.integers(1, 12))
 def test_merged_median_keeps_the_newest_of_all_streams(streams, window):
     statistics = [median_of(batches, window) for batches in streams]

@@ -128,7 +128,6 @@ def test_quality_of_captured_representations(layer):
     near(quality(h, middle, mad), [oracles.quality(x, middle, mad) for x in h])
 
 
-@settings(deadline=None)
 @given(vectors(), st.lists(st.integers(0, 60), min_size=1, max_size=9))
 def test_quality(h, norms):
     middle, mad = oracles.median_and_mad(norms)
@@ -154,7 +153,7 @@ def test_quality_without_a_spread_is_a_step(dtype):
 LABELS = st.lists(st.integers(-1, CLASSES - 1), min_size=1, max_size=9)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(layer=st.sampled_from(NUMBERS), reference=LABELS, data=st.data())
 def test_relevance_of_captured_gradients(layer, reference, data):
     # Labels up to 4: classes that the reference set does not know, or knows too little.
@@ -236,7 +235,7 @@ def test_relevance_of_a_single_sample_to_itself():
             near(relevance_of(one, torch.tensor([label]), reference), [1.0])
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(-60, 60), st.integers(-60, 60))
 def test_relevance_does_not_depend_on_the_size_of_the_loss(ours, theirs):
     a, b = seen(6, 1), seen(9, 2)
@@ -280,7 +279,7 @@ def two_sets(draw):
     return sets
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(two_sets(), st.integers(1, 12))
 def test_relevance_by_inner_products_is_that_of_formed_means(sets, batch_size):
     (reference, at), (gradients, labels) = sets
@@ -371,7 +370,6 @@ def test_diversity_of_captured_representations(layer, bandwidth_squared):
     near(found, [oracles.diversity(x, selected, bandwidth_squared) for x in h])
 
 
-@settings(deadline=None)
 @given(data=st.data(), width=st.integers(1, 3), bandwidth_squared=st.floats(0.5, 50))
 def test_diversity(data, width, bandwidth_squared):
     numbers = st.lists(st.floats(-10, 10), min_size=width, max_size=width)
@@ -395,7 +393,7 @@ def test_diversity_far_from_everything_is_large_but_finite():
 # --- equation 11 -------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(LABELS, st.lists(st.integers(-1, 4), min_size=6, max_size=6))
 def test_gradient_impact_of_captured_gradients(reference, labels):
     ours, theirs, m = seen(6, 1), seen(9, 2), len(reference)
@@ -465,7 +463,6 @@ def test_uncertainty_of_a_captured_batch():
     near(found, [oracles.uncertainty(predictive[i], rows(batch.hidden, i)) for i in range(10)])
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=3), st.integers(1, 4), st.data())
 def test_uncertainty(widths, n, data):
     size = sum(widths) * n
@@ -477,7 +474,6 @@ def test_uncertainty(widths, n, data):
     assert (found >= 0).all()
 
 
-@settings(deadline=None)
 @given(vectors())
 def test_activation_entropy(h):
     found = activation_entropy(h)
@@ -492,7 +488,6 @@ def test_activation_entropy_at_its_ends():
     near(activation_entropy(torch.tensor([[1.0, -1.0, 0.0, 0.0]]).double()), [0.5])
 
 
-@settings(deadline=None)
 @given(vectors())
 def test_spread(h):
     near(spread(h), [oracles.spread(x) for x in h])
@@ -501,7 +496,6 @@ def test_spread(h):
 # --- equation 13 -------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(
     st.integers(1, 5).flatmap(
         lambda window: st.lists(
@@ -532,7 +526,6 @@ def test_stability_of_large_losses_that_hardly_move():
 # --- ranks -------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.integers(-3, 3) | st.floats(-1e6, 1e6), min_size=1, max_size=30),
     st.sampled_from([torch.float32, torch.float64]),
@@ -570,7 +563,6 @@ def simplex(size):
     return parts.map(lambda values: [value / sum(values) for value in values])
 
 
-@settings(deadline=None)
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 99), st.data())
 def test_dvc_value(n, n_layers, seed, data):
     layers, whole = normal(n, n_layers, 3, seed=seed).sigmoid(), normal(n, 3, seed=seed).sigmoid()

@@ -90,7 +90,7 @@ def problems(draw, shares, most_arms):
     return quota, draw(st.lists(shares, min_size=n_arms, max_size=n_arms)), lower, upper
 
 
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 @given(problems(shares=st.integers(0, 9), most_arms=4))
 def test_equals_exact_arithmetic(problem):
     assert divided(*problem) == oracle(*problem)
@@ -102,7 +102,7 @@ ANY_SHARE = st.one_of(
 )
 
 
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 @given(problems(shares=ANY_SHARE, most_arms=8))
 def test_sums_to_the_quota_within_the_bounds(problem):
     quota, _, lower, upper = problem
@@ -111,7 +111,7 @@ def test_sums_to_the_quota_within_the_bounds(problem):
     assert all(lo <= x <= up for x, lo, up in zip(parts, lower, upper, strict=True))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(problems(shares=st.integers(0, 9), most_arms=6), st.data())
 def test_a_greater_share_gets_no_less(problem, data):
     quota, shares, lower, upper = problem
@@ -120,7 +120,7 @@ def test_a_greater_share_gets_no_less(problem, data):
     assert divided(quota, greater, lower, upper)[arm] >= divided(*problem)[arm]
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(0, 60))
 def test_under_equal_bounds_parts_are_ordered_like_shares(shares, quota):
     parts = divided(quota, shares, [1] * len(shares), [9] * len(shares))
@@ -129,7 +129,6 @@ def test_under_equal_bounds_parts_are_ordered_like_shares(shares, quota):
         assert x >= y if s >= t else x <= y
 
 
-@settings(deadline=None)
 @given(problems(shares=st.integers(0, 9), most_arms=6), st.sampled_from([2.0**-40, 3.0, 1e12]))
 def test_only_proportions_count(problem, factor):
     quota, shares, lower, upper = problem

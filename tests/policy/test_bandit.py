@@ -39,7 +39,6 @@ def index_by_hand(rounds, n_arms, discount, exploration):
 reward = st.one_of(st.floats(0, 1), st.just(NAN))
 
 
-@settings(deadline=None)
 @given(
     rounds=st.lists(st.tuples(reward, reward, reward), max_size=12),
     discount=st.sampled_from([1.0, 0.9, 0.5]),
@@ -72,7 +71,6 @@ def windowed_index_by_hand(rounds, n_arms, window, exploration, costs, worthless
     return index
 
 
-@settings(deadline=None)
 @given(
     rounds=st.lists(st.tuples(reward, reward, reward), max_size=12),
     window=st.integers(1, 14),
@@ -92,7 +90,6 @@ def test_windowed_index_equals_the_sum_over_the_last_rounds(
             bandit.update(torch.tensor(rounds[number], dtype=torch.float64))
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(reward, reward), min_size=1, max_size=12))
 def test_a_window_that_holds_all_rounds_forgets_none(rounds):
     windowed, plain = SourceBandit(2, window=len(rounds)), SourceBandit(2)
@@ -297,7 +294,7 @@ def prepared(rewards, temperature=0.03):
     return bandit
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(problems())
 def test_allocation_keeps_to_quota_and_bounds(problem):
     rewards, temperature, quota, stock, floor, ceiling = problem
@@ -329,7 +326,7 @@ def in_proportion(quota, shares, lower, upper):
     return parts
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(problems())
 def test_allocation_is_a_rounding_of_equal_shares_and_of_proportions(problem):
     rewards, _, quota, stock, floor, ceiling = problem
@@ -431,7 +428,6 @@ def test_costs_divide_the_index_relative_to_their_mean():
     torch.testing.assert_close(bandit.index(), torch.tensor([0.4, 1.2], dtype=torch.float64))
 
 
-@settings(deadline=None)
 @given(
     rounds=st.lists(st.lists(reward, min_size=3, max_size=3), max_size=6),
     # Three times 0.1, divided by three, is not 0.1.
@@ -486,7 +482,6 @@ def test_cost_counts_for_what_is_above_worthless_only():
     assert bandit.index().tolist() == [0.75, 0.75, math.inf, 0.25]
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.tuples(reward, reward), max_size=6),
     st.lists(st.tuples(reward, reward)),
@@ -505,7 +500,6 @@ def test_state_round_trip_goes_on_alike(before, after, how):
         assert torch.equal(saved.nan_to_num(-1), other.state_dict()[key].nan_to_num(-1))
 
 
-@settings(deadline=None)
 @given(
     before=st.lists(st.tuples(reward, reward), max_size=6),
     after=st.lists(st.tuples(reward, reward), max_size=6),
@@ -567,7 +561,6 @@ def test_state_is_a_copy_and_loads_with_weights_only(tmp_path):
     assert torch.equal(other.index(), prepared([0.3, NAN]).index())
 
 
-@settings(deadline=None)
 @given(
     before=st.lists(st.tuples(reward, reward), max_size=6),
     after=st.lists(st.tuples(reward, reward, reward, reward), max_size=6),

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_dvc.errors import ConfigurationError
@@ -47,7 +47,6 @@ def p_value_by_hand(sample, reference):
     return (1 + sum(mean <= mean_of_known(sample) for mean in others)) / (len(others) + 1)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 4).flatmap(lambda states: st.tuples(tables(states), tables(states))))
 def test_p_values_count_the_reference_in_comparable_states(both):
     n_states = max([len(row) for table in both for row in table], default=1)
@@ -58,7 +57,6 @@ def test_p_values_count_the_reference_in_comparable_states(both):
     assert found.tolist() == pytest.approx(expected, nan_ok=True)
 
 
-@settings(deadline=None)
 @given(samples, st.sampled_from([0.0, 0.05, 0.2, 0.5, 1.0]))
 def test_rejections_are_those_of_benjamini_and_hochberg(pairs, rate):
     """By adjusted p-values: the least of ``p_(j) n / j`` over all ranks ``j`` from one's own on."""
@@ -123,7 +121,6 @@ def test_the_unknown_is_no_test_and_without_a_reference_nothing_is():
         assert not disbelieved(conformal_p_values(unknown, reference), arms, 1.0).any()
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 120), st.integers(0, 3), st.integers(0, 5)), max_size=4))
 def test_sources_are_like_the_reference_where_less_than_a_fiftieth_is_rejected(sources):
     """Of each source so many samples are known, so many of them rejected, and so many unknown."""
@@ -149,7 +146,6 @@ def peer_p_value_by_hand(sample, peers):
     return (1 + sum(other <= mine for other in others)) / (len(others) + 1)
 
 
-@settings(deadline=None)
 @given(
     st.integers(1, 3).flatmap(
         lambda states: st.tuples(
@@ -169,7 +165,6 @@ def test_peers_are_those_that_the_same_states_saw(both):
 few = st.sampled_from([0.0, 0.1, 0.5])
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(few, few, st.booleans()), max_size=20))
 def test_least_believed_equals_a_sort_in_python(rows):
     expected = sorted((p, c, at) for at, (p, c, among) in enumerate(rows) if among)

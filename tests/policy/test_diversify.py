@@ -90,13 +90,13 @@ class Problem:
 problems = st.composite(Problem)()
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(problems)
 def test_choice_equals_the_rules_as_they_are_told(problem):
     assert problem.run().positions.tolist() == choose_by_hand(problem)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(problems)
 def test_quota_and_arm_ceiling_always_hold_and_stock_is_used(problem):
     problem.relax = True
@@ -109,7 +109,6 @@ def test_quota_and_arm_ceiling_always_hold_and_stock_is_used(problem):
     assert len(chosen) == min(problem.quota, int(torch.minimum(stock, ceiling).sum()))
 
 
-@settings(deadline=None)
 @given(problems)
 def test_chosen_despite_a_rule_were_passed_over_first(problem):
     result = problem.run()
@@ -188,7 +187,6 @@ def test_arguments_that_do_not_fit_are_refused():
         choose([0.1, 0.2, 0.3, 0.4], quota=-1)
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.integers(-1, 4), max_size=40), st.integers(0, 50), st.sampled_from([1.0, 1.5, 3.0])
 )

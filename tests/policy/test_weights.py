@@ -88,7 +88,6 @@ def test_fixed_weights_default_to_equal():
     torch.testing.assert_close(FixedWeights().ask(0.3), torch.full((6,), 1 / 6).double())
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(0, 1e6), min_size=6, max_size=6).filter(lambda w: sum(w) > 1e-6))
 def test_fixed_weights_by_name_or_by_position(numbers):
     weights = FixedWeights(numbers).ask(0.0)
@@ -290,7 +289,7 @@ def spread(weights):
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     st.lists(
         st.tuples(st.floats(0, 1), st.floats(allow_nan=False, allow_infinity=False)),
@@ -430,7 +429,7 @@ def test_time_goes_on_after_a_resume_but_does_not_count_in_between(clock, tmp_pa
     assert resumed.figures["optimiser_left_out"] == 1.0
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     st.floats(0.01, 1),
     st.lists(st.tuples(st.floats(0, 100), st.floats(0, 10), st.booleans()), max_size=20),

@@ -190,7 +190,7 @@ def test_reference_samples_that_cannot_be_used_are_warned_of():
 # --- parts -------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     labels=st.lists(st.integers(-1, 3), min_size=1, max_size=40),
     quota=st.integers(0, 50),

@@ -33,7 +33,7 @@ def farthest_first(points, centres, k):
     return chosen
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(n=st.integers(1, 12), m=st.integers(0, 5), k=st.integers(1, 14), seed=st.integers(0, 99))
 def test_each_choice_is_the_farthest_from_all_before_it(n, m, k, seed):
     assume(m > 0 or n != 2)  # two points are equally far from their mean, up to the last bit
@@ -45,7 +45,7 @@ def radius(points, centres):
     return float(torch.cdist(points, centres).amin(1).max())
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(n=st.integers(3, 8), k=st.integers(1, 3), seed=st.integers(0, 99))
 def test_no_point_is_more_than_twice_as_far_as_it_need_be(n, k, seed):
     points = normal(n, 2, seed=seed)

@@ -35,7 +35,7 @@ def similarity_of(n, seed):
     return distances.max() - distances
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(n=st.integers(1, 12), k=st.integers(1, 12), seed=st.integers(0, 199))
 def test_the_lazy_choice_is_the_greedy_one(n, k, seed):
     k = min(k, n)
@@ -50,7 +50,7 @@ def test_the_lazy_choice_is_the_greedy_one(n, k, seed):
         assert lazy >= plain * (1 - 1e-9)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(n=st.integers(2, 8), k=st.integers(1, 3), seed=st.integers(0, 99))
 def test_it_covers_nearly_as_much_as_can_be(n, k, seed):
     k = min(k, n)

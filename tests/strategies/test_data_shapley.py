@@ -41,7 +41,7 @@ def shapley(points, labels, judges, classes, k):
     return values
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(n=st.integers(1, 6), m=st.integers(1, 3), k=st.integers(1, 8), seed=st.integers(0, 99))
 def test_values_are_those_over_all_subsets(n, m, k, seed):
     points, judges = normal(n, 2, seed=seed), normal(m, 2, seed=seed + 1000)
@@ -50,7 +50,7 @@ def test_values_are_those_over_all_subsets(n, m, k, seed):
     assert found.tolist() == pytest.approx(shapley(points, labels, judges, classes, k), abs=1e-12)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(n=st.integers(2, 7), m=st.integers(1, 2), k=st.integers(1, 3), seed=st.integers(0, 99))
 def test_of_equal_points_the_first_is_the_nearer(n, m, k, seed):
     # At 0, 1 or 4, so that many are the same and only those are equally near.

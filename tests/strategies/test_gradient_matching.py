@@ -22,7 +22,7 @@ def left_over(atoms, target, chosen):
     return nnls(atoms[:, list(chosen)], target)[1]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(n=st.integers(2, 7), k=st.integers(1, 4), seed=st.integers(0, 199))
 def test_the_most_alike_is_chosen_and_the_rest_is_near_the_best(n, k, seed):
     rng = np.random.default_rng(seed)
@@ -69,7 +69,7 @@ def test_more_is_chosen_than_the_gradients_have_dimensions():
     assert len(set(chosen)) == 25
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(n=st.integers(1, 6), k=st.integers(1, 6), seed=st.integers(0, 199))
 def test_of_orthogonal_gradients_the_best_subset_is_chosen(n, k, seed):
     rng = np.random.default_rng(seed)
@@ -88,7 +88,7 @@ def test_near_copies_are_passed_over():
     assert match(atoms.T @ atoms, atoms.T @ target, 4, ridge=0.0).tolist() == [0, 2, 3, 1]
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(
     n=st.integers(1, 40),
     width=st.integers(1, 9),

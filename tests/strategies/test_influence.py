@@ -31,7 +31,7 @@ def layers_of(n, seed):
     ]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(n=st.integers(1, 9), damping=st.sampled_from([0.01, 1.0, 30.0]), seed=st.integers(0, 99))
 def test_the_inverse_is_that_of_the_whole_matrix(n, damping, seed):
     layers = layers_of(n, seed)

@@ -76,7 +76,7 @@ def rewards_by_hand(layers, arms, reference):
     return found
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     kinds=st.lists(st.sampled_from(range(len(LAYERS))), min_size=1, max_size=4),
     arms=st.lists(st.integers(NOT_JUDGED_BY, ARMS - 1), min_size=1, max_size=15),
@@ -101,7 +101,7 @@ def test_rewards_of_every_form_however_they_are_cut(kinds, arms, batch_size, par
     assert torch.equal(rewards.rewards(Group()).nan_to_num(), found.nan_to_num())
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     kinds=st.lists(st.sampled_from(range(len(LAYERS))), min_size=1, max_size=3),
     candidates=st.lists(
@@ -158,7 +158,6 @@ def test_batches_after_a_question_count_as_well():
         oracles.assert_near(found.nan_to_num(), [0.0 if e != e else e for e in expected])
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, ARMS - 1), st.floats(0, 1)), max_size=12))
 def test_mean_by_arm_is_the_mean_of_each_arms_own(candidates):
     arms = torch.tensor([arm for arm, _ in candidates], dtype=torch.int64)

@@ -278,7 +278,7 @@ def test_the_samples_are_unlike_enough_to_tell_a_mistake(kind):
     assert not whole[silent, 0].nan_to_num().any()
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(
     ids=st.lists(st.sampled_from(CANDIDATES), min_size=1, max_size=8, unique=True),
     batch_size=st.integers(1, 9),
@@ -328,7 +328,7 @@ def columns(scores):
     return {**in_layers, **dict(zip(METRICS[3:], scores.global_metrics.unbind(1), strict=True))}
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     needs=st.sets(st.sampled_from(METRICS), min_size=1),
     w=st.lists(st.floats(0.01, 1), min_size=6, max_size=6),
@@ -446,7 +446,7 @@ class Wide(Net):
 # --- scores as a record ------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.lists(st.integers(0, len(CANDIDATES) - 1), max_size=6))
 def test_rows_by_position(positions):
     whole = join_scores(scored("classes", CANDIDATES))
@@ -493,7 +493,7 @@ def test_one_process_gathers_by_id():
     assert_scores(found, "classes", [2, 4, 7, 9])
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(
     ids=st.lists(st.sampled_from(CANDIDATES), min_size=1, max_size=10, unique=True),
     w=st.lists(st.floats(0.01, 1), min_size=6, max_size=6),
@@ -562,7 +562,7 @@ def assert_rewards(found, slow):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10, equal_nan=True)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     arm_of=st.dictionaries(
         st.sampled_from(CANDIDATES), st.integers(0, ARMS - 1), min_size=1, max_size=12
