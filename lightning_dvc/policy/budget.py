@@ -133,3 +133,37 @@ def arm_bounds(
     # Where no whole number lies between the shares, the larger share is the one to keep.
     least = torch.minimum(least, most)
     return (least - counts).clamp(min=0), (most - counts).clamp(min=0)
+
+
+def bounds_by_yield(
+    usable: Tensor, drawn: Tensor, unseen: Tensor, bounds: tuple[Tensor, Tensor], wanted: int
+) -> tuple[Tensor, Tensor]:
+    """Bounds of how many more candidates to draw from each source, after what the first ones gave.
+
+    Of each source no more than are likely usable of those not drawn, while these are enough in all;
+    else at least as many, so that the rest is divided over what is left. So little is spent on a
+    source that only repeats itself.
+
+    Args:
+        usable: ``(K,)`` candidates that could be selected, of those drawn.
+        drawn: ``(K,)`` candidates drawn so far.
+        unseen: ``(K,)`` samples not drawn.
+        bounds: ``(K,)`` the least and ``(K,)`` the most to draw in any case.
+        wanted: Candidates to draw in all.
+
+    Returns:
+        ``(K,)`` least and ``(K,)`` most, int64, each at most ``unseen``.
+
+    Example:
+        >>> usable, drawn, unseen = (torch.tensor(n) for n in ([9, 0], [10, 10], [60, 60]))
+        >>> any_number = (torch.tensor([0, 0]), torch.tensor([99, 99]))
+        >>> bounds_by_yield(usable, drawn, unseen, any_number, wanted=40)
+        (tensor([0, 0]), tensor([50,  5]))
+        >>> bounds_by_yield(usable, drawn, unseen, any_number, wanted=80)
+        (tensor([50,  5]), tensor([60, 60]))
+    """
+    floor, ceiling = (torch.minimum(bound, unseen) for bound in bounds)
+    # Laplace's rule of succession: of a source without candidates nothing is known.
+    likely = ((usable + 1) / (drawn + 2) * unseen).ceil().to(torch.int64)
+    likely = likely.maximum(floor).minimum(ceiling)
+    return (floor, likely) if int(likely.sum()) >= wanted else (likely, ceiling)

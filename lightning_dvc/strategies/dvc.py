@@ -23,6 +23,7 @@ from lightning_dvc.policy.belief import (
     like_reference,
     peer_p_values,
 )
+from lightning_dvc.policy.budget import bounds_by_yield
 from lightning_dvc.policy.diversify import class_ceilings, diversify
 from lightning_dvc.policy.layers import LayerWeighting, LayerWeights
 from lightning_dvc.policy.weights import DEFAULT_WEIGHTS, FixedWeights, WeightPolicy, trusted
@@ -403,9 +404,8 @@ class DVC:
     ) -> Tensor:
         """Ids ``(n,)`` to look at, too, before a last round gives way to its rules.
 
-        None where the ``(K,)`` usable candidates suffice. Otherwise as many again, divided by the
-        bandit, and of each source, as long as the others have enough, no more than are likely
-        usable of those not looked at: little is spent on one that only repeats itself.
+        None where the ``(K,)`` usable candidates suffice; otherwise as many again, divided by the
+        bandit and by what the first ones of each source gave.
         """
         drawn = torch.bincount(this.pools.arms_of(candidates), minlength=len(usable))
         unseen = this.pools.stock - drawn
@@ -414,13 +414,10 @@ class DVC:
         short = (least - have).clamp(min=0)
         if int(have.sum()) >= quota and not bool(short.any()):
             return torch.empty(0, dtype=torch.int64)
-        floor, ceiling = this.candidate_bounds(short, most - have)
-        # Laplace's rule of succession: of a source without candidates nothing is known.
-        likely = ((usable + 1) / (drawn + 2) * unseen).ceil().to(torch.int64)
-        likely = torch.minimum(likely.maximum(floor), ceiling.minimum(unseen))
         wanted = min(math.ceil(this.oversample * quota), int(unseen.sum()))
-        floor, ceiling = (floor, likely) if int(likely.sum()) >= wanted else (likely, ceiling)
-        counts = bandit.allocate(wanted, unseen, floor, ceiling)
+        bounds = this.candidate_bounds(short, most - have)
+        bounds = bounds_by_yield(usable, drawn, unseen, bounds, wanted)
+        counts = bandit.allocate(wanted, unseen, *bounds)
         found = [torch.empty(0, dtype=torch.int64)]
         for arm in torch.nonzero(counts).flatten().tolist():
             free = this.pools.draw(arm, int(this.pools.stock[arm]), "further", this.number)

@@ -3,7 +3,12 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from lightning_dvc.policy.budget import arm_bounds, round_quota, warm_up_counts
+from lightning_dvc.policy.budget import (
+    arm_bounds,
+    bounds_by_yield,
+    round_quota,
+    warm_up_counts,
+)
 
 
 @given(st.integers(1, 10_000), st.integers(1, 40), st.data())
@@ -66,3 +71,27 @@ def test_bounds_are_the_least_and_most_that_keep_the_shares(sources, more):
 def test_shares_that_are_whole_numbers_are_not_rounded_away(share):
     least, most = arm_bounds(torch.tensor([0]), 30, [(share, share)])
     assert int(least) == int(most) == round(30 * share)
+
+
+COUNT = st.integers(0, 60)
+
+
+@given(
+    st.lists(st.tuples(COUNT, COUNT, COUNT, COUNT, COUNT), min_size=1, max_size=5),
+    st.integers(0, 200),
+)
+def test_further_candidates_are_bounded_by_what_the_first_ones_gave(sources, wanted):
+    rows = [(min(a, b), max(a, b), unseen, min(c, d), max(c, d)) for a, b, unseen, c, d in sources]
+    usable, drawn, unseen, floor, ceiling = (torch.tensor(row) for row in zip(*rows, strict=True))
+    least, most = bounds_by_yield(usable, drawn, unseen, (floor, ceiling), wanted)
+    likely = []
+    for n_usable, n_drawn, n_unseen, low, high in rows:
+        # A share of (n_usable + 1) / (n_drawn + 2), rounded up, between what must and may be drawn.
+        rounded_up = -(-((n_usable + 1) * n_unseen) // (n_drawn + 2))
+        likely.append(min(max(rounded_up, min(low, n_unseen)), high, n_unseen))
+    if sum(likely) >= wanted:
+        assert most.tolist() == likely
+        assert least.tolist() == [min(low, n) for _, _, n, low, _ in rows]
+    else:
+        assert least.tolist() == likely
+        assert most.tolist() == [min(high, n) for _, _, n, _, high in rows]
