@@ -95,14 +95,17 @@ class Bench:
                 self.measure(captured, DEFAULT, rewards, n_sources)
 
     def calls(self, n_sources: int) -> tuple[int, int]:
-        """Calls of torch for candidates, and for a training step, with parts as on an accelerator.
+        """Calls of torch for candidates, and for a training step, as on an accelerator.
 
-        Batches are larger there, and so of several sources.
+        Parts and batches are larger there, these so of several sources, and Adam's default is to
+        move all parameters at once.
         """
         size = gradients._PART_ON_DEVICE
         as_there = patch.multiple(gradients, _PART=size, _PART_PER_THREAD=size)
         with as_there, Calls() as scoring:
             self.candidates(n_sources)
+        self._optimizer = torch.optim.Adam(self.module.parameters(), foreach=True)
+        self.step()
         with Calls() as training:
             self.step()
         return scoring.number, training.number

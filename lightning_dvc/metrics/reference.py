@@ -1,6 +1,5 @@
 """What relevance and gradient impact compare with: mean reference gradients, by class."""
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -51,9 +50,10 @@ class FormedMeans(Means):
 
     @override
     def products(self, gradients: LayerGradients, columns: Tensor) -> Tensor:
-        if isinstance(gradients, Materialised) and n_runs(columns) >= len(self._full):
+        n_runs = 1 + int((columns[1:] != columns[:-1]).sum())
+        if isinstance(gradients, Materialised) and n_runs >= len(self._full) > 1:
             # All with all in one call, where there would be as many calls as means.
-            every = gradients.gram(Materialised(self._full))
+            every = gradients.gradients.flatten(1) @ self._full.flatten(1).T
             wanted = columns.clamp(min=0).to(every.device)
             products: Tensor = every.gather(1, wanted[:, None]).squeeze(1)
             return products
@@ -133,10 +133,7 @@ class MeanGradients:
 class ReferenceGradients:
     """Takes in the reference gradients of one layer, batch by batch.
 
-    Args:
-        most_classes: Of so many classes at most sums are kept, each as large as the layer: of those
-            in the first batches, and of the larger ones there. The samples of others only count
-            among all. At least 0.
+    Once asked for its means, it is empty again: of many classes the sums are large.
 
     Example:
         >>> from lightning_dvc.capture.gradients import Materialised
@@ -147,14 +144,12 @@ class ReferenceGradients:
         ([0, -1, 1], 4.0)
     """
 
-    def __init__(self, most_classes: int = sys.maxsize) -> None:
-        self._most_classes = most_classes
+    def __init__(self) -> None:
         # Of factors with one position the samples are kept; of others only the sums by label. A
         # layer's batches may differ in it, as those of sentences do: then all are summed up.
         self._factors: list[LayerGradients] = []
         self._labels: list[Tensor] = []
         self._sums: dict[int, tuple[Tensor, float]] = {}
-        self._n = 0
 
     def add(self, gradients: LayerGradients, labels: Tensor) -> None:
         """Take in a batch.
@@ -163,7 +158,6 @@ class ReferenceGradients:
             gradients: Gradients of ``m`` reference samples, ``m >= 1``.
             labels: ``(m,)`` classes, -1 where there is none.
         """
-        self._n += len(labels)
         one_position = isinstance(gradients, OuterProducts) and gradients.positions == 1
         if one_position and not self._sums:
             self._factors.append(gradients)
@@ -174,30 +168,20 @@ class ReferenceGradients:
 
     def _sum_up_factors(self) -> None:
         if self._factors:
-            self._sum_up(concatenate(self._factors), torch.cat(self._labels))
-            self._factors.clear()
+            self._sum_up(*self._let_go_factors())
 
     def _sum_up(self, gradients: LayerGradients, labels: Tensor) -> None:
-        labels = self._without_classes_too_many(labels)
         for rows, part in gradients.parts(order=labels.argsort(stable=True)):
             for label, own in runs(part, labels[rows]):
                 total, count = self._sums.get(label) or (own.like.new_zeros(own.full_shape), 0)
                 own.accumulate(total)
                 self._sums[label] = total, count + len(own)
 
-    def _without_classes_too_many(self, labels: Tensor) -> Tensor:
-        """Labels, -1 for classes of which no sum is to be kept."""
-        found, counts = torch.unique(labels, return_counts=True)
-        known = torch.isin(found, torch.tensor([-1, *self._sums]))
-        room = self._most_classes - sum(label >= 0 for label in self._sums)
-        fresh = found[~known][counts[~known].argsort(descending=True, stable=True)]
-        return labels.masked_fill(torch.isin(labels, fresh[room:]), -1)
-
     def means(self) -> MeanGradients:
-        """Means over everything taken in, which is let go: of many classes it is large."""
+        """Means over everything taken in."""
         if not self._factors:
             return _formed_means(self._let_go())
-        factors, labels = concatenate(self._factors), torch.cat(self._labels)
+        factors, labels = self._let_go_factors()
         overall = factors.sum() / len(labels)
         members: list[LayerGradients | Tensor] = []
         column = torch.full((max(int(labels.max()) + 1, 0) + 1,), -1)
@@ -209,21 +193,26 @@ class ReferenceGradients:
         return MeanGradients(overall, FactoredMeans([*members, overall]), column)
 
     def blended(self, other: "ReferenceGradients", counting_as: float) -> MeanGradients:
-        """Means over these samples and those of another set, which weigh less; both are let go.
+        """Means over these samples and those of another set, which weigh less.
 
         Args:
             other: The other set, at least one sample.
             counting_as: As how many of these samples the others count together, above 0.
         """
-        both = self._let_go()
-        weight = counting_as / other._n
-        for label, (total, count) in other._let_go().items():
-            before, known = both.get(label, (torch.zeros_like(total), 0))
+        both, others = self._let_go(), other._let_go()
+        weight = counting_as / sum(count for _, count in others.values())
+        for label, (total, count) in others.items():
+            before, known = both.get(label) or (torch.zeros_like(total), 0)
             both[label] = before.add_(total, alpha=weight), known + weight * count
         return _formed_means(both)
 
+    def _let_go_factors(self) -> tuple[LayerGradients, Tensor]:
+        found = concatenate(self._factors), torch.cat(self._labels)
+        self._factors, self._labels = [], []
+        return found
+
     def _let_go(self) -> dict[int, tuple[Tensor, float]]:
-        """The sum and the number of the gradients of each label, which are not kept here."""
+        """The sum and the number of the gradients of each label."""
         self._sum_up_factors()
         sums, self._sums = self._sums, {}
         return sums
@@ -265,11 +254,6 @@ def runs(gradients: LayerGradients, groups: Tensor) -> Iterator[tuple[int, Layer
     for group, length in zip(values.tolist(), lengths.tolist(), strict=True):
         yield group, gradients.rows(slice(start, start + length))
         start += length
-
-
-def n_runs(groups: Tensor) -> int:
-    """How many pairs :func:`runs` yields, one where there is nothing."""
-    return 1 + int((groups[1:] != groups[:-1]).sum())
 
 
 def sum_of(parts: list[Tensor]) -> Tensor:

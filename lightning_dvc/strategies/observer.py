@@ -1,6 +1,7 @@
 """What DVC remembers of the model and of the samples it has seen, from round to round."""
 
 import math
+import sys
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from functools import partial
@@ -8,6 +9,7 @@ from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from lightning_dvc.capture.cached import CachedProbe
 from lightning_dvc.capture.probe import Captured
@@ -35,8 +37,8 @@ _ENOUGH: Final = 2
 DENSITY_SIZE: Final = 256
 """Points of the reservoir that the exact density is made of. With 1,000 of them diversity took half
 as long as a training step of a small MLP."""
-# Numbers in the reference gradients of all classes together: 4 GiB in single precision, or 128
-# classes of the largest model that is not projected.
+# Numbers in the sums of gradients by class: 4 GiB in single precision, which is 128 classes of the
+# largest model that is not projected.
 _SUMS: Final = 2**30
 # Share of the held-out samples that may seem to repeat another one, or a selected one.
 _MOST_ALIKE: Final = 0.2
@@ -114,6 +116,7 @@ class Observer:
         self._parts: tuple[SampleHistory, SampleHistory, NearDuplicates] | None = None
         # What was loaded and not yet taken up, for lack of the sizes that a round brings.
         self._saved: Mapping[str, Any] | None = None
+        self._n_classes = sys.maxsize  # not known yet
         self._tells_repeats = True
         self._cache_pays = False
         self._trust = 0.0
@@ -270,8 +273,9 @@ class Observer:
         # The same in every round, for selected samples to be compared with over several states.
         size = self._settings.reference_size
         ids = this.some(this.held_out, size, "reference", afresh=False)
-        take = partial(_take, gradients, by_label=self._settings.by_class)
         with this.looking_at_reference():
+            classes = self._classes(this, this.reference, ids)
+            take = partial(_take, gradients, classes=classes)
             reference = this.probe.capture_all(this.reference, ids, take)
         return reference, gradients
 
@@ -280,9 +284,11 @@ class Observer:
         sizes = self._settings
         ids = this.some(this.selected, sizes.reservoir_size, "reservoir")
         gradients: list[ReferenceGradients] = []
-        stands_in = this.reference is None or self._blends(this)
-        take = partial(_take, gradients, by_label=sizes.by_class)
-        reservoir = this.probe.capture_all(this.pools.dataset, ids, take if stands_in else None)
+        take = None
+        if this.reference is None or self._blends(this):  # they stand in for it, or beside it
+            classes = self._classes(this, this.pools.dataset, ids)
+            take = partial(_take, gradients, classes=classes)
+        reservoir = this.probe.capture_all(this.pools.dataset, ids, take)
         others = this.selected[~torch.isin(this.selected, ids)]
         others = this.some(others, sizes.review_size, "review")
         mine = this.group.shard(others, this.probe.batch_size)
@@ -290,6 +296,24 @@ class Observer:
         self._note(this, [reservoir])
         self._note(this, review, gather=True)
         return reservoir, gradients
+
+    def _classes(self, this: Round, dataset: Dataset[Any], ids: Tensor) -> Tensor | None:
+        """The classes of which mean gradients are made; None for all.
+
+        As many as there is memory for, the largest. To know them takes a pass without gradients, in
+        the first round, and later where there were too many before.
+        """
+        if not self._settings.by_class:
+            return torch.empty(0, dtype=torch.int64)
+        numbers = sum(math.prod(layer.full_shape) for layer in this.probe.like)
+        most = _SUMS // max(numbers, 1)
+        if min(len(ids), self._n_classes) <= most:
+            return None
+        labels = this.probe.capture_all(dataset, ids).labels
+        found, counts = torch.unique(labels[labels >= 0], return_counts=True)
+        self._n_classes = len(found)
+        by_size = counts.argsort(descending=True, stable=True)
+        return torch.index_select(found, 0, by_size[:most])
 
     def _can_tell_repeats(self, reference: Captured | None) -> bool:
         """Whether held-out samples, of which few should repeat another, are told apart."""
@@ -350,12 +374,14 @@ class Observer:
         return ExactDensity(points, bandwidth_squared)
 
 
-def _take(gradients: list[ReferenceGradients], captured: Captured, *, by_label: bool) -> None:
-    """Add a batch to what each layer has taken in."""
+def _take(
+    gradients: list[ReferenceGradients], captured: Captured, *, classes: Tensor | None
+) -> None:
+    """Add a batch to what each layer has taken in; classes not named count among all only."""
     if not gradients:
-        numbers = sum(math.prod(layer.full_shape) for layer in captured.gradients)
-        most = _SUMS // max(numbers, 1)
-        gradients.extend(ReferenceGradients(most) for _ in captured.gradients)
-    labels = captured.labels if by_label else torch.full_like(captured.labels, -1)
+        gradients.extend(ReferenceGradients() for _ in captured.gradients)
+    labels = captured.labels
+    if classes is not None:
+        labels = labels.masked_fill(~torch.isin(labels, classes), -1)
     for layer, batch in zip(gradients, captured.gradients, strict=True):
         layer.add(batch, labels)

@@ -5,7 +5,7 @@ with (``python -m examples.ablation``).
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal
 
 import torch
@@ -74,11 +74,15 @@ class ArmRewards:
             arms: ``(n,)`` the source of each, or :data:`NOT_JUDGED_BY`; cheapest where equal ones
                 follow each other.
         """
-        for arm, total in _sums_by(arms, gradients):
-            if (layer, arm) in self._batch:
-                self._batch[layer, arm] += total
+        for arm, own in runs(gradients, arms):
+            if arm == NOT_JUDGED_BY:
+                continue
+            if (layer, arm) not in self._batch:
+                self._batch[layer, arm] = self._kept(layer, own.sum())
+            elif self._projections:
+                self._batch[layer, arm] += self._kept(layer, own.sum())
             else:
-                self._batch[layer, arm] = total
+                own.accumulate(self._batch[layer, arm])
 
     def close(self, arms: Tensor) -> None:
         """End a batch, all of whose parts and layers were added.
@@ -87,7 +91,7 @@ class ArmRewards:
             arms: ``(n,)`` the sources of its candidates, or :data:`NOT_JUDGED_BY`.
         """
         for (layer, arm), total in self._batch.items():
-            self._sums[layer][arm] += self._kept(layer, total)
+            self._sums[layer][arm] += total
         self._batch.clear()
         self._counts += torch.bincount(arms[arms != NOT_JUDGED_BY], minlength=len(self._counts))
 
@@ -127,21 +131,6 @@ class ArmRewards:
         lengths = (squares * length).sqrt()
         cosine = torch.where(lengths > 0, products / lengths, 0.0).clamp(-1, 1)
         return torch.where(counts > 0, (1 + cosine) / 2, torch.nan)
-
-
-def _sums_by(arms: Tensor, gradients: LayerGradients) -> Iterator[tuple[int, Tensor]]:
-    """The sum of the gradients of each arm that is judged by some."""
-    present = arms[arms != NOT_JUDGED_BY].unique()
-    if isinstance(gradients, Materialised) and len(present) > 1:
-        # In one call: on an accelerator as many as there are arms would cost more.
-        full = gradients.gradients
-        of_arm = (present[:, None] == arms).to(full)
-        totals = (of_arm @ full.flatten(1)).unflatten(1, full.shape[1:])
-        yield from zip(present.tolist(), totals, strict=True)
-    else:
-        for arm, own in runs(gradients, arms):
-            if arm != NOT_JUDGED_BY:
-                yield arm, own.sum()
 
 
 def mean_by_arm(numbers: Tensor, arms: Tensor, n_arms: int) -> Tensor:

@@ -189,7 +189,8 @@ def _ask_gradients(
     labels, found = captured.labels, []
     compared = not needs.isdisjoint({"relevance", "gradient_impact"})
     # Samples of one source, and in it of one class, follow each other.
-    order = (arms * (len(standards[0].reference.column) + 1) + labels).argsort(stable=True)
+    order = labels.argsort(stable=True)
+    order = order[arms[order].argsort(stable=True)]
     for number, (layer, std) in enumerate(zip(captured.gradients, standards, strict=True)):
         columns = std.reference.columns(labels)
         product, squared = layer.like.new_full((2, len(captured)), torch.nan)

@@ -1,3 +1,4 @@
+import weakref
 from functools import cache
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ from helpers import oracles
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from lightning_dvc.capture.convolution import Convolved
 from lightning_dvc.capture.gradients import Materialised, OuterProducts
@@ -307,25 +309,38 @@ def test_relevance_by_inner_products_is_that_of_formed_means(sets, batch_size):
             assert isinstance(mean, torch.Tensor) == (count * cost >= size)
 
 
-@pytest.mark.parametrize("most", [0, 1, 2, 3])
-def test_of_more_classes_than_memory_allows_the_largest_are_known(most):
-    # One position is kept in factors, whatever the classes; two are summed up.
-    gradients = OuterProducts(normal(21, 2, 6, seed=0), normal(21, 2, 5, seed=1), True)
-    labels = torch.tensor([0, 1, 1, 2, 1, 2] * 3 + [0, 0, 0])
-    reference = ReferenceGradients(most_classes=most)
-    for rows in (slice(0, 18), slice(18, 21)):
-        reference.add(gradients.rows(rows), labels[rows])
-    means = reference.means()
-    full = gradients.formed().gradients
-    torch.testing.assert_close(means.overall, oracles.mean(list(full)))
-    found = relevance_of(gradients, labels, means)
-    known = [1, 2, 0][:most] or [0, 1, 2]  # without classes, all are compared with the overall mean
-    at = labels.tolist() if most else [-1] * 21
-    for i, label in enumerate(labels.tolist()):
-        if label in known:
-            near(found[i : i + 1], [oracles.relevance(full[i], at[i], full, at)])
-        else:
-            assert found[i].isnan()
+@pytest.mark.parametrize("form", ["factors", "formed"])
+@pytest.mark.parametrize("blend", [False, True])
+def test_a_reference_that_was_asked_is_empty_again(form, blend):
+    gradients = OuterProducts(normal(9, 1, 3, seed=0), normal(9, 1, 2, seed=1), True)
+    gradients, labels = gradients.formed() if form == "formed" else gradients, [0, 1, 2] * 3
+    used, fresh = ReferenceGradients(), ReferenceGradients()
+    used.add(gradients.rows(slice(None)), torch.tensor(labels))
+    kept = [weakref.ref(x) for x in (*(total for total, _ in used._sums.values()), *used._factors)]
+    assert kept
+    if blend:
+        fresh.add(gradients, torch.tensor(labels))
+        used.blended(fresh, counting_as=2.0)
+    else:
+        used.means()
+    assert not any(ref() for ref in kept)
+    for reference in (used, fresh):  # what comes next is not mixed with what was before
+        reference.add(gradients.rows(slice(0, 4)), torch.tensor([5, 5, 5, 1]))
+        again = reference.means()
+        assert again.column.tolist() == [-1, -1, -1, -1, -1, 0, 1]
+        torch.testing.assert_close(again.overall, gradients.rows(slice(0, 4)).sum() / 4)
+
+
+@pytest.mark.parametrize(("n_runs", "n_products"), [(1, 1), (4, 4), (5, 1), (60, 1)])
+def test_products_with_formed_means_take_as_few_calls_as_they_can(n_runs, n_products):
+    """Of five means, one after another where there are fewer runs of one, and else at once."""
+    means = taken_in(Materialised(normal(40, 3, 4, seed=0)), [0, 1, 2, 3] * 10)
+    columns = torch.arange(60) * n_runs // 60 % 5
+    gradients = Materialised(normal(60, 3, 4, seed=1))
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        means.products(gradients, columns)
+    names = [event.name for event in profiled.events()]
+    assert names.count("aten::mv") + names.count("aten::mm") == n_products
 
 
 @pytest.mark.parametrize("form", ["factors", "formed"])
@@ -697,7 +712,8 @@ def test_blended_means_weigh_the_other_set_as_so_many_samples(form):
         at, of = torch.full_like(at, -1), torch.full_like(of, -1)
     sets = [ReferenceGradients(), ReferenceGradients()]
     sets[0].add(mine, at)
-    sets[1].add(others, of)
+    for rows in (slice(0, 6), slice(6, 10)):
+        sets[1].add(others.rows(rows), of[rows])
     found = sets[0].blended(sets[1], counting_as=4.0)
 
     full = torch.cat([mine.formed().gradients, others.formed().gradients])

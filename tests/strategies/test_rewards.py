@@ -138,11 +138,29 @@ def test_of_very_many_arms_only_projected_sums_are_kept(monkeypatch):
     rewards, arms = ArmRewards(n_arms, [reference]), torch.arange(n_arms)
     for rows in arms.repeat(2).split(25):  # each arm twice, in parts of batches
         rewards.add(0, Materialised(full[rows]), rows)
+        assert sum(total.numel() for total in rewards._batch.values()) <= 25 * 64 * 64
         rewards.close(rows)
     assert sum(total.numel() for total in rewards._sums) == n_arms * 64 * 64
     found = 2 * rewards.rewards(Group()) - 1
     assert (found - cosines).abs().max() < 0.06  # four standard deviations of 1 / 64
     assert (found - cosines).abs().max() > 1e-6  # else nothing was projected
+
+
+@pytest.mark.parametrize("arm", [NOT_JUDGED_BY, 0, 1, 2])
+def test_a_candidate_without_finite_gradients_spoils_no_other_source(arm):
+    """The cache rounds what it keeps, in half precision to infinity, if need be."""
+    full, arms = normal(6, 2, 2, seed=0) + 1, [0, 0, 1, 1, 2, 2]
+    found = []
+    for value in (1.0, torch.inf):
+        rewards, at = ArmRewards(3, [torch.ones(2, 2).double()]), torch.tensor(arms)
+        full[arms.index(max(arm, 0)), 0, 0] = value
+        at[arms.index(max(arm, 0))] = arm
+        order = at.argsort(stable=True)
+        rewards.add(0, Materialised(full[order]), at[order])
+        rewards.close(at)
+        found.append(rewards.rewards(Group()))
+    others = torch.arange(3) != arm
+    torch.testing.assert_close(found[1][others], found[0][others])
 
 
 def test_batches_after_a_question_count_as_well():
