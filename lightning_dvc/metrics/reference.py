@@ -1,5 +1,6 @@
 """What relevance and gradient impact compare with: mean reference gradients, by class."""
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -135,6 +136,11 @@ class ReferenceGradients:
 
     Once asked for its means, it is empty again: of many classes the sums are large.
 
+    Args:
+        most_classes: Of so many classes at most sums are kept, each as large as the layer: of those
+            in the first batches, and of the larger ones there. The samples of others count among
+            all only. Layers of one position, whose samples are kept, know all classes. At least 0.
+
     Example:
         >>> from lightning_dvc.capture.gradients import Materialised
         >>> seen = ReferenceGradients()
@@ -144,7 +150,8 @@ class ReferenceGradients:
         ([0, -1, 1], 4.0)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most_classes: int = sys.maxsize) -> None:
+        self._most_classes = most_classes
         # Of factors with one position the samples are kept; of others only the sums by label. A
         # layer's batches may differ in it, as those of sentences do: then all are summed up.
         self._factors: list[LayerGradients] = []
@@ -171,11 +178,20 @@ class ReferenceGradients:
             self._sum_up(*self._let_go_factors())
 
     def _sum_up(self, gradients: LayerGradients, labels: Tensor) -> None:
+        labels = self._without_classes_too_many(labels)
         for rows, part in gradients.parts(order=labels.argsort(stable=True)):
             for label, own in runs(part, labels[rows]):
                 total, count = self._sums.get(label) or (own.like.new_zeros(own.full_shape), 0)
                 own.accumulate(total)
                 self._sums[label] = total, count + len(own)
+
+    def _without_classes_too_many(self, labels: Tensor) -> Tensor:
+        """Labels, -1 for classes of which no sum is to be kept."""
+        found, counts = torch.unique(labels, return_counts=True)
+        known = torch.isin(found, torch.tensor([-1, *self._sums]))
+        room = self._most_classes - sum(label >= 0 for label in self._sums)
+        fresh = found[~known][counts[~known].argsort(descending=True, stable=True)]
+        return labels.masked_fill(torch.isin(labels, fresh[room:]), -1)
 
     def means(self) -> MeanGradients:
         """Means over everything taken in."""

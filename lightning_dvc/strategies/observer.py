@@ -1,7 +1,6 @@
 """What DVC remembers of the model and of the samples it has seen, from round to round."""
 
 import math
-import sys
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from functools import partial
@@ -9,7 +8,6 @@ from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from lightning_dvc.capture.cached import CachedProbe
 from lightning_dvc.capture.probe import Captured
@@ -116,7 +114,6 @@ class Observer:
         self._parts: tuple[SampleHistory, SampleHistory, NearDuplicates] | None = None
         # What was loaded and not yet taken up, for lack of the sizes that a round brings.
         self._saved: Mapping[str, Any] | None = None
-        self._n_classes = sys.maxsize  # not known yet
         self._tells_repeats = True
         self._cache_pays = False
         self._trust = 0.0
@@ -273,9 +270,8 @@ class Observer:
         # The same in every round, for selected samples to be compared with over several states.
         size = self._settings.reference_size
         ids = this.some(this.held_out, size, "reference", afresh=False)
+        take = partial(_take, gradients, by_label=self._settings.by_class)
         with this.looking_at_reference():
-            classes = self._classes(this, this.reference, ids)
-            take = partial(_take, gradients, classes=classes)
             reference = this.probe.capture_all(this.reference, ids, take)
         return reference, gradients
 
@@ -284,11 +280,9 @@ class Observer:
         sizes = self._settings
         ids = this.some(this.selected, sizes.reservoir_size, "reservoir")
         gradients: list[ReferenceGradients] = []
-        take = None
-        if this.reference is None or self._blends(this):  # they stand in for it, or beside it
-            classes = self._classes(this, this.pools.dataset, ids)
-            take = partial(_take, gradients, classes=classes)
-        reservoir = this.probe.capture_all(this.pools.dataset, ids, take)
+        stands_in = this.reference is None or self._blends(this)
+        take = partial(_take, gradients, by_label=sizes.by_class)
+        reservoir = this.probe.capture_all(this.pools.dataset, ids, take if stands_in else None)
         others = this.selected[~torch.isin(this.selected, ids)]
         others = this.some(others, sizes.review_size, "review")
         mine = this.group.shard(others, this.probe.batch_size)
@@ -296,24 +290,6 @@ class Observer:
         self._note(this, [reservoir])
         self._note(this, review, gather=True)
         return reservoir, gradients
-
-    def _classes(self, this: Round, dataset: Dataset[Any], ids: Tensor) -> Tensor | None:
-        """The classes of which mean gradients are made; None for all.
-
-        As many as there is memory for, the largest. To know them takes a pass without gradients, in
-        the first round, and later where there were too many before.
-        """
-        if not self._settings.by_class:
-            return torch.empty(0, dtype=torch.int64)
-        numbers = sum(math.prod(layer.full_shape) for layer in this.probe.like)
-        most = _SUMS // max(numbers, 1)
-        if min(len(ids), self._n_classes) <= most:
-            return None
-        labels = this.probe.capture_all(dataset, ids).labels
-        found, counts = torch.unique(labels[labels >= 0], return_counts=True)
-        self._n_classes = len(found)
-        by_size = counts.argsort(descending=True, stable=True)
-        return torch.index_select(found, 0, by_size[:most])
 
     def _can_tell_repeats(self, reference: Captured | None) -> bool:
         """Whether held-out samples, of which few should repeat another, are told apart."""
@@ -374,14 +350,11 @@ class Observer:
         return ExactDensity(points, bandwidth_squared)
 
 
-def _take(
-    gradients: list[ReferenceGradients], captured: Captured, *, classes: Tensor | None
-) -> None:
-    """Add a batch to what each layer has taken in; classes not named count among all only."""
+def _take(gradients: list[ReferenceGradients], captured: Captured, *, by_label: bool) -> None:
+    """Add a batch to what each layer has taken in."""
     if not gradients:
-        gradients.extend(ReferenceGradients() for _ in captured.gradients)
-    labels = captured.labels
-    if classes is not None:
-        labels = labels.masked_fill(~torch.isin(labels, classes), -1)
+        numbers = sum(math.prod(layer.full_shape) for layer in captured.gradients)
+        gradients.extend(ReferenceGradients(_SUMS // numbers) for _ in captured.gradients)
+    labels = captured.labels if by_label else torch.full_like(captured.labels, -1)
     for layer, batch in zip(gradients, captured.gradients, strict=True):
         layer.add(batch, labels)

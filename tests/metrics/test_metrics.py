@@ -309,6 +309,28 @@ def test_relevance_by_inner_products_is_that_of_formed_means(sets, batch_size):
             assert isinstance(mean, torch.Tensor) == (count * cost >= size)
 
 
+@pytest.mark.parametrize("most", [0, 1, 2, 3])
+def test_of_more_classes_than_memory_allows_the_largest_that_come_first_are_known(most):
+    # One position is kept in factors, whatever the classes; two are summed up.
+    gradients = OuterProducts(normal(28, 2, 6, seed=0), normal(28, 2, 5, seed=1), True)
+    labels = torch.tensor([0, 1, 1, 2, 1, 2, -1] * 3 + [0, 0, 0] + [3] * 4)
+    reference = ReferenceGradients(most_classes=most)
+    for rows in (slice(0, 21), slice(21, 28)):
+        reference.add(gradients.rows(rows), labels[rows])
+    means = reference.means()
+    full = gradients.formed().gradients
+    torch.testing.assert_close(means.overall, oracles.mean(list(full)))
+    found = relevance_of(gradients, labels, means)
+    known = [1, 2, 0][:most]
+    for i, label in enumerate(labels.tolist()):
+        if label in known:
+            near(found[i : i + 1], [oracles.relevance(full[i], label, full, labels.tolist())])
+        elif most and label >= 0:
+            assert found[i].isnan()
+        else:  # without a class, or where none is known, it is compared with the overall mean
+            near(found[i : i + 1], [oracles.relevance(full[i], -1, full, [-1] * 28)])
+
+
 @pytest.mark.parametrize("form", ["factors", "formed"])
 @pytest.mark.parametrize("blend", [False, True])
 def test_a_reference_that_was_asked_is_empty_again(form, blend):

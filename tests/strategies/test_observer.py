@@ -242,30 +242,17 @@ def test_relevance_over_all_compares_no_class_by_itself(reference, blend):
     assert torch.equal(by_class.labels, over_all.labels)  # the label mix needs them all the same
 
 
-@pytest.mark.parametrize(("most", "passes"), [(0, 2), (1, 2), (2, 2), (3, 1)])
-def test_mean_gradients_are_of_no_more_classes_than_fit_and_of_the_largest(
-    monkeypatch, most, passes
-):
-    def tried():
-        """How large gradients are is known from the trial at the start of training."""
-        this = begin()
-        list(this.probe.capture(this.pools.dataset, torch.arange(2)))
-        return this
-
-    rounds = Rounds()
-    begin, rounds.this = rounds.this, tried
-    rounds.reference.y = torch.tensor([0, 1, 1, 2, 1, 2] * 5)
-    size = sum(gradient.numel() for gradient in rounds.examine().gradient)
+@pytest.mark.parametrize("most", [0, 1, 3])
+def test_sums_of_no_more_classes_are_kept_than_fit(monkeypatch, most):
+    size = sum(gradient.numel() for gradient in Rounds().examine().gradient)
     monkeypatch.setattr(observer, "_SUMS", most * size + size - 1)
-    rounds.examine()  # how many classes there are
-    rounds.reference.read.clear()
-    for standards in rounds.examine().standards:
+    # Of three classes; a blend is made of the sums of two sets, which need not keep the same.
+    for standards in Rounds(blend=100).examine().standards:
         n_classes = len(standards.reference.means.norms) - 1
-        assert n_classes == most
-        if most:
-            known = standards.reference.columns(torch.arange(3)) >= 0
-            assert known.tolist() == [most > 2, True, most > 1]
-    assert len(rounds.reference.read) == passes * 30
+        assert most <= n_classes <= min(2 * most, 3)
+    # Without a blend this net's layers, of one position, keep samples in place of sums.
+    for standards in Rounds().examine().standards:
+        assert len(standards.reference.means.norms) == 4
 
 
 @pytest.mark.parametrize(
