@@ -9,7 +9,7 @@ from helpers import oracles
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
+from torch.autograd.profiler import profile
 
 from lightning_dvc.capture.convolution import Convolved
 from lightning_dvc.capture.gradients import Materialised, OuterProducts
@@ -359,9 +359,9 @@ def test_products_with_formed_means_take_as_few_calls_as_they_can(n_runs, n_prod
     means = taken_in(Materialised(normal(40, 3, 4, seed=0)), [0, 1, 2, 3] * 10)
     columns = torch.arange(60) * n_runs // 60 % 5
     gradients = Materialised(normal(60, 3, 4, seed=1))
-    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+    with profile() as profiled:
         means.products(gradients, columns)
-    names = [event.name for event in profiled.events()]
+    names = [event.name for event in profiled.function_events]
     assert names.count("aten::mv") + names.count("aten::mm") == n_products
 
 
