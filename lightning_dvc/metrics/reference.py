@@ -51,8 +51,8 @@ class FormedMeans(Means):
 
     @override
     def products(self, gradients: LayerGradients, columns: Tensor) -> Tensor:
-        n_runs = 1 + int((columns[1:] != columns[:-1]).sum())
-        if isinstance(gradients, Materialised) and n_runs >= len(self._full) > 1:
+        many = _n_runs(columns) >= len(self._full) > 1
+        if isinstance(gradients, Materialised) and many:
             # All with all in one call, where there would be as many calls as means.
             every = gradients.gradients.flatten(1) @ self._full.flatten(1).T
             wanted = columns.clamp(min=0).to(every.device)
@@ -76,13 +76,16 @@ class FactoredMeans(Means):
 
     @override
     def products(self, gradients: LayerGradients, columns: Tensor) -> Tensor:
-        # Factors are small beside what they are multiplied with: sorted, for fewer products.
         order = columns.argsort(stable=True)
+        if _n_runs(columns) > _n_runs(columns[order]):
+            # Factors are small beside what they are multiplied with: sorted, for fewer products.
+            ordered = self.products(gradients.rows(order), columns[order])
+            return ordered[order.argsort().to(ordered.device)]
         found = [gradients.like.new_zeros(0)]
-        for number, own in runs(gradients.rows(order), columns[order]):
+        for number, own in runs(gradients, columns):
             mean = self._members[number]
             found.append(own.dot(mean) if isinstance(mean, Tensor) else own.gram(mean).mean(1))
-        return torch.cat(found)[order.argsort().to(found[0].device)]
+        return torch.cat(found)
 
 
 def _length(mean: LayerGradients | Tensor) -> Tensor:
@@ -270,6 +273,10 @@ def runs(gradients: LayerGradients, groups: Tensor) -> Iterator[tuple[int, Layer
     for group, length in zip(values.tolist(), lengths.tolist(), strict=True):
         yield group, gradients.rows(slice(start, start + length))
         start += length
+
+
+def _n_runs(groups: Tensor) -> int:
+    return 1 + int((groups[1:] != groups[:-1]).sum())
 
 
 def sum_of(parts: list[Tensor]) -> Tensor:
