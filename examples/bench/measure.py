@@ -59,7 +59,7 @@ def medians(*functions: Callable[[], object], repeats: int = REPEATS) -> list[fl
 class Calls(TorchDispatchMode):
     """Counts the calls of torch inside the block, but for views, which compute nothing.
 
-    On an accelerator they are what small batches cost, and their number is the same on any machine.
+    On an accelerator they are what small batches cost; how busy the machine is does not matter.
 
     Example:
         >>> import torch
