@@ -843,7 +843,7 @@ def test_random_augmentation_leaves_no_layer_out_and_a_run_can_be_resumed(tmp_pa
 
 class RandomLoss(Net):
     def training_step(self, batch, batch_idx):
-        noise = 5 * torch.randn(len(batch[0]), 3)
+        noise = 5 * torch.randn(len(batch[0]), 3, device=self.device)
         return F.cross_entropy(self(batch[0]) + noise, batch[1])
 
 

@@ -139,7 +139,8 @@ def test_two_processes_select_what_one_selects(tmp_path):
         sources = {"good": good(), "wrong": wrong(), "repeated": repeated()}
         datamodule = DVCDataModule(sources, good(90, seed=50), budget=121, batch_size=16, rounds=3)
         callback = DVCCallback(monitor="val_acc", score_batch_size=32)
-        run = trainer(callbacks=[callback, AgreedIds(path)], max_epochs=3, **settings)
+        callbacks = [callback, AgreedIds(path)]
+        run = trainer(callbacks=callbacks, max_epochs=3, accelerator="cpu", **settings)
         run.fit(Net(), datamodule)
         return torch.load(path)
 

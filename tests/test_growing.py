@@ -35,7 +35,7 @@ class Watching(Net):
         self.new, self.epochs_of_new = dataset.tensors[0], set()
 
     def training_step(self, batch, batch_idx):
-        if (batch[0][:, None] == self.new).all(-1).any():
+        if (batch[0].cpu()[:, None] == self.new).all(-1).any():
             self.epochs_of_new.add(self.current_epoch)
         return super().training_step(batch, batch_idx)
 
@@ -184,7 +184,8 @@ class Writing(Callback):
 @pytest.mark.filterwarnings("ignore:.*sync_dist=True:UserWarning")
 def test_two_processes_that_add_a_source_select_alike(tmp_path):
     callbacks = [Adding(NEW), Writing(tmp_path)]
-    fit(make({"bad": wrong()}), Net(), callbacks, devices=2, strategy="ddp_fork")
+    two = {"accelerator": "cpu", "devices": 2, "strategy": "ddp_fork"}
+    fit(make({"bad": wrong()}), Net(), callbacks, **two)
     (ids, n_trained), (others, n_others) = (torch.load(tmp_path / f"{r}.pt") for r in (0, 1))
     assert torch.equal(ids, others)
     assert n_trained == n_others == BUDGET / 2

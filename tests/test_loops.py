@@ -399,8 +399,8 @@ class InEachProcess(Callback):
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_steps_of_two_processes_are_planned():
-    settings = {"devices": 2, "strategy": "ddp_fork", "limit_val_batches": 0}
-    fit(net=Scheduled(), select=Random(), callbacks=[InEachProcess()], **settings)
+    two = {"accelerator": "cpu", "devices": 2, "strategy": "ddp_fork"}
+    fit(net=Scheduled(), select=Random(), callbacks=[InEachProcess()], limit_val_batches=0, **two)
 
 
 # --- Lightning's tuners ------------------------------------------------------------------------

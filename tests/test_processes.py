@@ -170,7 +170,8 @@ def fit(
         settings = {"strategy": "ddp_fork", **settings}
     Counting.scored = 0
     callbacks = [*more, callback, Notes(folder, callback)]
-    run = trainer(callbacks=callbacks, **{"max_epochs": 4, **settings})
+    settings = {"accelerator": "cpu", "max_epochs": 4, **settings}  # few have several of another
+    run = trainer(callbacks=callbacks, **settings)
     run.fit(net(), datamodule(), ckpt_path=ckpt_path)
 
 

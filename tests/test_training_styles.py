@@ -112,7 +112,7 @@ class Adversarial(Net):
 
     def training_step(self, batch, batch_idx):
         makes, judges = self.optimizers()
-        fake = self.generator(torch.randn(len(batch[0]), 4))
+        fake = self.generator(torch.randn(len(batch[0]), 4, device=self.device))
         self.toggle_optimizer(makes)
         makes.zero_grad()
         self.manual_backward(F.cross_entropy(self(fake), batch[1]))

@@ -127,13 +127,14 @@ def run(job: ScaleJob, data_dir: Path | None, accelerator: str) -> dict[str, Any
     """Select with the proxy, train the large network on the selection, and judge it."""
     quiet()
     size = SIZES[accelerator]
-    problem = replace(_problem(job.rows, job.seed, data_dir, accelerator), budget=job.budget)
-    _start_device(accelerator)
+    problem = replace(problem_of(job.rows, job.seed, data_dir, accelerator), budget=job.budget)
+    start_device(accelerator)
     pool, clean, anything = clean_and_random(problem, job.seed)
     known = {"full": list(range(len(problem.is_clean))), "clean": clean, "random": anything}
     chosen, selection_s = known.get(job.method), 0.0
     if chosen is None:
-        chosen, selection_s = _selected(problem, job.seed, accelerator)
+        callback = DVCCallback(monitor="val_acc")
+        chosen, selection_s = selected(problem, job.seed, accelerator, callback)
     model, training_s = _trained(problem, Subset(pool, chosen), job.seed, accelerator)
     test = DataLoader(problem.test, batch_size=500)
     (found,) = _trainer(accelerator).test(model, test, verbose=False)
@@ -157,7 +158,7 @@ def run(job: ScaleJob, data_dir: Path | None, accelerator: str) -> dict[str, Any
 
 
 @lru_cache(maxsize=1)
-def _problem(n: int, seed: int, data_dir: Path | None, accelerator: str) -> Problem:
+def problem_of(n: int, seed: int, data_dir: Path | None, accelerator: str) -> Problem:
     """A pool of so many rows of the training data; those held out and the test rows beside it."""
     size, data = SIZES[accelerator], _cut(n, data_dir)
     val, train, test = hold_out(data, seed, N_VAL)
@@ -222,7 +223,7 @@ def more_of(features: Tensor, labels: Tensor, n: int, seed: int) -> tuple[Tensor
 
 
 @lru_cache(maxsize=1)
-def _start_device(accelerator: str) -> None:
+def start_device(accelerator: str) -> None:
     """Train both networks on a batch: what a device does first is no part of any method."""
     size = SIZES[accelerator]
     batch = TensorDataset(torch.randn(size.batch_size, 3072), torch.arange(size.batch_size) % 10)
@@ -231,14 +232,15 @@ def _start_device(accelerator: str) -> None:
         trainer.fit(make(10), DataLoader(batch, batch_size=size.batch_size))
 
 
-def _selected(problem: Problem, seed: int, accelerator: str) -> tuple[list[int], float]:
+def selected(
+    problem: Problem, seed: int, accelerator: str, callback: DVCCallback
+) -> tuple[list[int], float]:
     """What a run of the proxy selects, and the seconds of that run, training included."""
     sources: Any = problem.sources
     datamodule = DVCDataModule(
         sources, val=problem.val, budget=problem.budget, batch_size=problem.batch_size, seed=seed
     )
     seed_everything(seed, verbose=False)
-    callback = DVCCallback(monitor="val_acc")
     trainer = _trainer(accelerator, max_epochs=problem.epochs, callbacks=[callback])
     model = SIZES[accelerator].proxy(problem.n_classes)
     start = time.perf_counter()

@@ -368,8 +368,8 @@ def test_no_held_out_image_is_in_a_pool_of_copies(monkeypatch):
     data = datasets.Data(x, torch.arange(900) % 10, 10, n_train=800)
     monkeypatch.setitem(datasets.LOADERS, "cifar10", lambda folder: data)
     scale._loaded.cache_clear()
-    scale._problem.cache_clear()
-    problem = scale._problem(900, 0, None, "cpu")
+    scale.problem_of.cache_clear()
+    problem = scale.problem_of(900, 0, None, "cpu")
     clean = problem.parts["clean"]
     colours = clean.features.amax(1)
     assert len(problem.val) == N_VAL
@@ -378,7 +378,7 @@ def test_no_held_out_image_is_in_a_pool_of_copies(monkeypatch):
     assert colours.max() <= 800
     assert torch.equal((colours.long() - 1) % 10, clean.labels)
     scale._loaded.cache_clear()
-    scale._problem.cache_clear()
+    scale.problem_of.cache_clear()
 
 
 # --- where the data come from ------------------------------------------------------------------

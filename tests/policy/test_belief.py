@@ -162,6 +162,23 @@ def test_peers_are_those_that_the_same_states_saw(both):
     assert found.tolist() == pytest.approx(expected, nan_ok=True)
 
 
+@pytest.mark.parametrize("n_states", [31, 32, 70])
+def test_states_may_be_more_than_the_bits_of_a_number(n_states):
+    draw = torch.Generator().manual_seed(n_states)
+    # Multiples of 2 ** -10, so that sums are exact in any order.
+    table = torch.randint(1024, (60, n_states), generator=draw).double() / 1024
+    samples = table[:30].clone()
+    for row, sample in enumerate(samples):  # each unknown to one state
+        sample[row % 25 * (n_states - 1) // 24] = torch.nan
+    both = samples.tolist(), table[30:].tolist()
+    for p_values, by_hand in (
+        (conformal_p_values, p_value_by_hand),
+        (peer_p_values, peer_p_value_by_hand),
+    ):
+        expected = [by_hand(sample, both[1]) for sample in both[0]]
+        assert p_values(samples, table[30:]).tolist() == pytest.approx(expected)
+
+
 few = st.sampled_from([0.0, 0.1, 0.5])
 
 
