@@ -1,10 +1,14 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
-from examples.bench import exactness
+from examples import datasets
+from examples.bench import exactness, run
 from examples.bench.measure import Calls, Figure, medians
 from examples.bench.models import CASES, Case, Model
 from examples.bench.scoring import EVERY, Bench, class_means, vmapped
+from examples.paper import scale
 
 
 @pytest.mark.parametrize(
@@ -87,3 +91,24 @@ def test_what_vmap_forms_is_what_is_asked_of_the_factors():
 
 def test_the_model_is_a_plain_module():
     assert isinstance(Model(CASES["mlp"].make()).configure_optimizers(), torch.optim.Adam)
+
+
+def test_a_run_is_told_by_sections_for_each_size_of_a_batch(monkeypatch):
+    x = torch.randn(900, 3072, generator=torch.Generator().manual_seed(0))
+    data = datasets.Data(x, torch.arange(900) % 10, 10, n_train=800)
+    small = replace(scale.SIZES["cpu"], rows=(600,), proxy_epochs=3)
+    monkeypatch.setitem(datasets.LOADERS, "cifar10", lambda folder: data)
+    monkeypatch.setitem(scale.SIZES, "cpu", small)
+    monkeypatch.setattr(run, "REPEATS", 1)
+    caches = scale._loaded, scale.problem_of
+    for cache in caches:
+        cache.cache_clear()
+    found = {figure.name: figure.value for figure in run.figures(None, "cpu", [32, 64])}
+    for cache in caches:
+        cache.cache_clear()
+    for size in (32, 64):
+        sections = [name for name in found if name.endswith(f"_{size}")][2:]
+        total = sum(found[name] for name in sections)
+        assert {f"examine_{size}", f"score_{size}"} <= set(sections)
+        assert found[f"selection_{size}"] == pytest.approx(total)
+        assert found[f"selection_{size}"] < found[f"run_{size}"]
