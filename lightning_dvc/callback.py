@@ -292,7 +292,12 @@ class DVCCallback(Callback):
         with bars.telling(trainer, f"Selecting (round {number}{of_all})"):
             # Randomly augmented samples then look the same in a resumed run.
             seed = torch_stream(datamodule.seed, "augmentation", number).initial_seed()
-            with group.agreeing(), unsharded(pl_module), undisturbed(pl_module, seed):
+            with (
+                group.agreeing(),
+                unsharded(pl_module),
+                undisturbed(pl_module, seed),
+                probe.reader.often(this.pools.dataset, this.reference),
+            ):
                 group.share_buffers(pl_module)
                 choice = self.strategy.choose(this)
             bad = self._take_bad(group)

@@ -11,9 +11,10 @@ from helpers.problems import WIDTH, Faulty, Net, good, repeated, trainer, wrong
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dvc import DVC, BayesianWeights, DVCCallback, DVCDataModule, FixedWeights, Random
+from lightning_dvc.capture import loading
 from lightning_dvc.errors import BadSampleError, CaptureError, ConfigurationError, ObjectiveError
 from lightning_dvc.policy.weights import DEFAULT_WEIGHTS
 from lightning_dvc.records import METRICS
@@ -59,6 +60,20 @@ def test_every_epoch_trains_on_what_is_selected_then(strategy, num_workers):
     assert 4 < sizes.selected[0] < sizes.selected[1]  # already more than the warm-up in epoch 0
     assert sizes.selected[-2:] == [120, 120]
     assert callback.rounds_done == 3
+
+
+def test_a_round_reads_everything_with_one_set_of_workers(monkeypatch):
+    made = []
+
+    class Counted(DataLoader):
+        def __init__(self, *args, **settings):
+            super().__init__(*args, **settings)
+            made.append(settings["num_workers"])
+
+    monkeypatch.setattr(loading, "DataLoader", Counted)
+    _, _, callback = fit(make(num_workers=1))
+    assert callback.rounds_done == 3
+    assert made == [1] * (1 + 3)  # the first tries the model out
 
 
 def test_rounds_are_spread_over_the_epochs_asked_for():

@@ -1,6 +1,7 @@
 """Samples by id into batches, where a sample that cannot be read does not take its batch along."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,25 +32,31 @@ class LoadedBatch:
     bad: list[BadSample]
 
 
+_Key = tuple[int, int]
+"""Which dataset, and which of its samples."""
+
+
 class _Tolerant(Dataset[Any]):
     """Returns ``(id, sample, None)``, or ``(id, None, reason)`` for a sample that raises."""
 
-    def __init__(self, dataset: Dataset[Any]) -> None:
-        self._dataset = dataset
+    def __init__(self, datasets: Sequence[Dataset[Any]]) -> None:
+        self._datasets = datasets
 
-    def __getitems__(self, sample_ids: list[int]) -> list[_Entry]:
-        """Read a batch at once where the dataset can; one by one where that fails."""
-        read = getattr(self._dataset, "__getitems__", None)
+    def __getitems__(self, keys: list[_Key]) -> list[_Entry]:
+        """Read a batch of one dataset at once where that can; one by one where it fails."""
+        read = getattr(self._datasets[keys[0][0]], "__getitems__", None)
         if callable(read):
+            ids = [sample_id for _, sample_id in keys]
             try:
-                return [(i, x, None) for i, x in zip(sample_ids, read(sample_ids), strict=True)]
+                return [(i, x, None) for i, x in zip(ids, read(ids), strict=True)]
             except Exception:  # whatever a user's dataset may raise; one by one it is told apart
                 pass
-        return [self[sample_id] for sample_id in sample_ids]
+        return [self[key] for key in keys]
 
-    def __getitem__(self, sample_id: int) -> _Entry:
+    def __getitem__(self, key: _Key) -> _Entry:
+        number, sample_id = key
         try:
-            return sample_id, self._dataset[sample_id], None
+            return sample_id, self._datasets[number][sample_id], None
         except Exception as error:  # whatever a user's dataset may raise
             return sample_id, None, f"reading it raised {type(error).__name__}: {error}"
 
@@ -107,38 +114,81 @@ class _TolerantCollate:
         return best
 
 
-def load_batches(
-    dataset: Dataset[Any],
-    ids: Tensor,
-    collate: Collate,
-    batch_size: int,
-    num_workers: int,
-    **worker_settings: Any,
-) -> Iterator[LoadedBatch]:
-    """Read samples in the given order.
+class _Batches:
+    """Which batches a loader reads next."""
+
+    keys: list[_Key]
+    batch_size: int
+
+    def __iter__(self) -> Iterator[list[_Key]]:
+        for start in range(0, len(self.keys), self.batch_size):
+            yield self.keys[start : start + self.batch_size]
+
+
+class Reader:
+    """Reads samples by id, in the given order.
 
     Args:
-        dataset: Map-style dataset indexed by the ids.
-        ids: ``(n,)`` what to read.
         collate: The user's collate function.
-        batch_size: Samples in a batch.
         num_workers: Worker processes; 0 reads in this one.
         worker_settings: Further arguments of ``DataLoader`` that concern worker processes; not used
             without them.
-
-    Yields:
-        Batches in order.
     """
-    if not len(ids):  # which is no reason to start workers
-        return
-    loader = DataLoader(
-        _Tolerant(dataset),
-        sampler=ids.tolist(),
-        batch_size=batch_size,
-        num_workers=num_workers,
-        collate_fn=_TolerantCollate(collate),
-        # A loader without its own generator draws a seed from the global one.
-        generator=torch.Generator(),
-        **(worker_settings if num_workers else {}),
-    )
-    yield from loader
+
+    def __init__(self, collate: Collate, num_workers: int = 0, **worker_settings: Any) -> None:
+        self._collate = _TolerantCollate(collate)
+        self._num_workers = num_workers
+        self._settings = {**worker_settings, "persistent_workers": True} if num_workers else {}
+        self._often: tuple[Dataset[Any], ...] = ()
+        self._idle: tuple[DataLoader[Any], _Batches] | None = None
+
+    @contextmanager
+    def often(self, *datasets: Dataset[Any] | None) -> Iterator[None]:
+        """Let the same worker processes serve all passes over these datasets inside the block.
+
+        To start some takes a tenth of a second, and seconds where they are not forked.
+        """
+        self._often = tuple(dataset for dataset in datasets if dataset is not None)
+        try:
+            yield
+        finally:
+            self._often, self._idle = (), None
+
+    def batches(self, dataset: Dataset[Any], ids: Tensor, batch_size: int) -> Iterator[LoadedBatch]:
+        """Go through samples of a dataset once.
+
+        Args:
+            dataset: Map-style dataset indexed by the ids.
+            ids: ``(n,)`` what to read.
+            batch_size: Samples in a batch.
+
+        Yields:
+            Batches in order.
+        """
+        if not len(ids):  # which is no reason to start workers
+            return
+        is_often = any(dataset is other for other in self._often)
+        datasets = self._often if is_often else (dataset,)
+        idle = None
+        if is_often:  # taken, so that a pass within this one has workers of its own
+            idle, self._idle = self._idle, None
+        loader, batches = idle or self._loader(datasets)
+        number = next(n for n, other in enumerate(datasets) if other is dataset)
+        batches.keys = [(number, sample_id) for sample_id in ids.tolist()]
+        batches.batch_size = batch_size
+        yield from loader
+        if datasets is self._often:
+            self._idle = loader, batches
+
+    def _loader(self, datasets: Sequence[Dataset[Any]]) -> tuple[DataLoader[Any], _Batches]:
+        batches = _Batches()
+        loader = DataLoader(
+            _Tolerant(datasets),
+            batch_sampler=batches,
+            num_workers=self._num_workers,
+            collate_fn=self._collate,
+            # A loader without its own generator draws a seed from the global one.
+            generator=torch.Generator().manual_seed(torch.initial_seed()),
+            **self._settings,
+        )
+        return loader, batches

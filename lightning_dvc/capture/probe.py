@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from lightning_dvc.capture.gradients import LayerGradients
 from lightning_dvc.capture.layers import LayerCapture, find_layers
-from lightning_dvc.capture.loading import Collate, LoadedBatch, load_batches
+from lightning_dvc.capture.loading import Collate, LoadedBatch, Reader
 from lightning_dvc.capture.objective import Objective, Outcome
 from lightning_dvc.capture.projection import plan_projections
 from lightning_dvc.capture.snapshots import Snapshots
@@ -87,6 +87,7 @@ class Probe:
     """Gradients of no samples, per layer, as the last pass with gradients captured them."""
 
     def __post_init__(self) -> None:
+        self.reader = Reader(self.collate, self.num_workers, **self.worker_settings)
         self._found = find_layers(self.module, self.layers)
         self._projections = plan_projections(self._found, self.exact_numbers)
         self._order: list[str] = []
@@ -159,10 +160,7 @@ class Probe:
             BadSampleError: If a sample fails and ``on_bad_sample`` is ``"raise"``.
             CaptureError: If a named layer is never reached.
         """
-        batches = load_batches(
-            dataset, ids, self.collate, self.batch_size, self.num_workers, **self.worker_settings
-        )
-        for loaded in batches:
+        for loaded in self.reader.batches(dataset, ids, self.batch_size):
             self._note_bad(loaded.bad)
             if len(loaded.ids):
                 yield from self.look(loaded, snapshots, gradients)

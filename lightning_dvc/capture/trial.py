@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_dvc.capture.loading import LoadedBatch, load_batches
+from lightning_dvc.capture.loading import LoadedBatch
 from lightning_dvc.capture.probe import Captured, Probe
 
 
@@ -38,10 +38,7 @@ def try_out(probe: Probe, dataset: Dataset[Any], ids: Tensor) -> Trial:
         ids: ``(n,)`` samples to look at.
     """
     mixed, random = set(), set()
-    batches = load_batches(
-        dataset, ids, probe.collate, probe.batch_size, probe.num_workers, **probe.worker_settings
-    )
-    for loaded in batches:
+    for loaded in probe.reader.batches(dataset, ids, probe.batch_size):
         if not len(loaded.ids):
             continue
         seen = list(probe.look(loaded))

@@ -1,3 +1,5 @@
+import multiprocessing as mp
+import os
 import time
 
 import pytest
@@ -6,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import Dataset, default_collate
 
-from lightning_dvc.capture.loading import load_batches
+from lightning_dvc.capture.loading import Reader
 
 
 class Rows(Dataset):
@@ -34,7 +36,7 @@ class Unknown:
 
 def load(ids, dataset=None, collate=default_collate, batch_size=4, num_workers=0):
     ids = torch.tensor(ids, dtype=torch.int64)
-    return list(load_batches(dataset or Rows(), ids, collate, batch_size, num_workers))
+    return list(Reader(collate, num_workers).batches(dataset or Rows(), ids, batch_size))
 
 
 def loaded_ids(batches):
@@ -159,7 +161,7 @@ class Batched(Dataset):
 
 @pytest.mark.parametrize("bad", [set(), {3}])
 def test_a_batch_read_at_once_is_told_apart_where_that_fails(bad):
-    batches = list(load_batches(Batched(bad), torch.arange(6), default_collate, 4, 0))
+    batches = load(range(6), Batched(bad))
     read = torch.cat([batch.batch for batch in batches]).tolist()
     assert read == [i for i in range(6) if i not in bad]
     assert [entry.id for batch in batches for entry in batch.bad] == sorted(bad)
@@ -173,13 +175,81 @@ class Marked(Rows):
 
 
 def _widen(worker):
-    torch.utils.data.get_worker_info().dataset._dataset.width = 7
+    torch.utils.data.get_worker_info().dataset._datasets[0].width = 7
 
 
 def test_workers_are_set_up_as_those_of_training():
     ids = torch.arange(4)
     settings = {"worker_init_fn": _widen, "multiprocessing_context": "fork", "timeout": 60}
-    (found,) = load_batches(Marked(), ids, default_collate, 4, 1, **settings)
+    (found,) = Reader(default_collate, 1, **settings).batches(Marked(), ids, 4)
     assert torch.equal(found.batch, torch.ones(4, 7))
-    (found,) = load_batches(Marked(), ids, default_collate, 4, 0, **settings)  # no workers
+    (found,) = Reader(default_collate, 0, **settings).batches(Marked(), ids, 4)  # no workers
     assert torch.equal(found.batch, torch.zeros(4, 3))
+
+
+class Telling(Dataset):
+    """Samples that tell their number, the process that read them, and what it drew for them."""
+
+    def __init__(self, first=0):
+        self.first = first
+
+    def __getitem__(self, i):
+        return torch.tensor([self.first + i, os.getpid(), torch.randint(2**40, ())])
+
+
+def read(reader, ids, dataset, batch_size=2):
+    """Numbers, processes and draws of one pass."""
+    parts = [part.batch for part in reader.batches(dataset, torch.tensor(ids), batch_size)]
+    numbers, processes, draws = torch.cat(parts).T.tolist()
+    return numbers, set(processes), draws
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+def test_the_same_workers_serve_all_passes_of_a_block_and_are_gone_afterwards():
+    one, other, third = Telling(), Telling(100), Telling(1000)
+    reader = Reader(default_collate, 2)
+    before = set(mp.active_children())
+    with reader.often(one, None, other):
+        numbers, first, _ = read(reader, [5, 3, 1, 4], one)
+        assert numbers == [5, 3, 1, 4]
+        assert len(first) == 2
+        assert os.getpid() not in first
+        assert read(reader, [7, 7, 0], other)[:2] == ([107, 107, 100], first)
+        # Memory ran out, say, so that batches are smaller now.
+        assert read(reader, [2, 9, 6, 8], one, batch_size=1)[:2] == ([2, 9, 6, 8], first)
+        numbers, others, _ = read(reader, [1, 2, 3], third)
+        assert numbers == [1001, 1002, 1003]
+        assert not others & first
+        assert read(reader, [6, 1, 2], one)[:2] == ([6, 1, 2], first)
+    assert set(mp.active_children()) == before
+    assert not read(reader, [0, 1, 2, 3], one)[1] & first
+    assert set(mp.active_children()) == before
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_passes_may_be_left_early_or_begin_within_another(num_workers):
+    dataset, reader = Telling(), Reader(default_collate, num_workers)
+    with reader.often(dataset):
+        left = reader.batches(dataset, torch.arange(20), 2)
+        assert next(left).ids.tolist() == [0, 1]
+        found = []
+        for part in reader.batches(dataset, torch.arange(30, 34), 2):
+            found.append((part.batch[:, 0].tolist(), read(reader, [8, 9, 7], dataset)[0]))
+        assert found == [([30, 31], [8, 9, 7]), ([32, 33], [8, 9, 7])]
+        assert next(left).batch[:, 0].tolist() == [2, 3]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+def test_workers_draw_as_the_global_seed_says_and_go_on_from_pass_to_pass():
+    def draws(seed):
+        torch.manual_seed(seed)
+        reader = Reader(default_collate, 2)
+        with reader.often(dataset):
+            return [read(reader, [0, 1, 2, 3], dataset)[2] for _ in range(2)]
+
+    dataset = Telling()
+    found = draws(1)
+    assert found == draws(1)
+    every = [number for seed in (found, draws(2)) for one in seed for number in one]
+    assert len(set(every)) == 16
