@@ -236,7 +236,8 @@ class DVCCallback(Callback):
             # All leave out the same layers, though some may read these samples and others not.
             self._leave_out_mixed(probe, group.gather_objects([own])[0])
         layers = list(probe.captured_layers)
-        if self._layers_before not in (None, layers):
+        # None are known where not one of these samples could be read.
+        if layers and self._layers_before not in (None, layers):
             raise ConfigurationError(
                 f"the checkpoint was made while the layers {self._layers_before} were captured, "
                 f"but now these are: {layers}; resume with the same model and the same layers=..., "

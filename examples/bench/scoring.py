@@ -47,8 +47,7 @@ class Bench:
         self.x, self.y = case.samples(case.batch_size, seed=0)
         self.dataset = TensorDataset(self.x, self.y)
         self.ids = torch.arange(len(self.y))
-        samples = [self.dataset[i] for i in range(len(self.y))]
-        self.loaded = LoadedBatch(self.ids, samples, [self.x, self.y], [])
+        self.loaded = LoadedBatch(self.dataset, self.ids, [self.x, self.y], [])
         objective = resolve_objective(self.module)
         self.probe = Probe(self.module, objective, default_collate, batch_size=case.batch_size)
         self.snapshots = Snapshots(_N_SNAPSHOTS)

@@ -12,22 +12,24 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_dvc.records import BadSample
 
 Collate = Callable[[list[Any]], Any]
-_Entry = tuple[int, Any, str | None]
+Entry = tuple[int, Any, str | None]
 
 
 @dataclass(frozen=True)
 class LoadedBatch:
     """A batch as the user's collate function made it.
 
+    Single samples are not sent along: of a worker's each tensor would keep a file open here.
+
     Attributes:
+        dataset: Where the ids point.
         ids: ``(n,)`` ids of the samples in it.
-        samples: The ``n`` samples as the dataset returned them, to split the batch if need be.
         batch: What collate made of them; None when no sample could be read.
         bad: Samples that could not be read.
     """
 
+    dataset: Dataset[Any]
     ids: Tensor
-    samples: list[Any]
     batch: Any
     bad: list[BadSample]
 
@@ -42,7 +44,7 @@ class _Tolerant(Dataset[Any]):
     def __init__(self, datasets: Sequence[Dataset[Any]]) -> None:
         self._datasets = datasets
 
-    def __getitems__(self, keys: list[_Key]) -> list[_Entry]:
+    def __getitems__(self, keys: list[_Key]) -> list[Entry]:
         """Read a batch of one dataset at once where that can; one by one where it fails."""
         read = getattr(self._datasets[keys[0][0]], "__getitems__", None)
         if callable(read):
@@ -53,7 +55,7 @@ class _Tolerant(Dataset[Any]):
                 pass
         return [self[key] for key in keys]
 
-    def __getitem__(self, key: _Key) -> _Entry:
+    def __getitem__(self, key: _Key) -> Entry:
         number, sample_id = key
         try:
             return sample_id, self._datasets[number][sample_id], None
@@ -61,13 +63,18 @@ class _Tolerant(Dataset[Any]):
             return sample_id, None, f"reading it raised {type(error).__name__}: {error}"
 
 
-class _TolerantCollate:
-    """Collates what could be read; a class, so that worker processes can be spawned."""
+class TolerantCollate:
+    """Collates what could be read; a class, so that worker processes can be spawned.
+
+    Args:
+        collate: The user's collate function.
+    """
 
     def __init__(self, collate: Collate) -> None:
         self._collate = collate
 
-    def __call__(self, entries: list[_Entry]) -> LoadedBatch:
+    def __call__(self, entries: list[Entry]) -> tuple[Tensor, Any, list[BadSample]]:
+        """Ids, a batch and the bad ones, of ``(id, sample, why there is none)``."""
         bad = [BadSample(i, reason) for i, _, reason in entries if reason is not None]
         good = [(i, sample) for i, sample, reason in entries if reason is None]
         try:
@@ -82,7 +89,7 @@ class _TolerantCollate:
                 bad += unfit
                 batch = self._batch(good)
         ids = torch.tensor([i for i, _ in good], dtype=torch.int64)
-        return LoadedBatch(ids, [sample for _, sample in good], batch, bad)
+        return ids, batch, bad
 
     def _batch(self, good: list[tuple[int, Any]]) -> Any:
         return self._collate([sample for _, sample in good]) if good else None
@@ -136,11 +143,11 @@ class Reader:
     """
 
     def __init__(self, collate: Collate, num_workers: int = 0, **worker_settings: Any) -> None:
-        self._collate = _TolerantCollate(collate)
+        self._collate = TolerantCollate(collate)
         self._num_workers = num_workers
         self._settings = {**worker_settings, "persistent_workers": True} if num_workers else {}
         self._often: tuple[Dataset[Any], ...] = ()
-        self._idle: tuple[DataLoader[Any], _Batches] | None = None
+        self._idle: list[tuple[DataLoader[Any], _Batches]] = []
 
     @contextmanager
     def often(self, *datasets: Dataset[Any] | None) -> Iterator[None]:
@@ -152,7 +159,7 @@ class Reader:
         try:
             yield
         finally:
-            self._often, self._idle = (), None
+            self._often, self._idle = (), []
 
     def batches(self, dataset: Dataset[Any], ids: Tensor, batch_size: int) -> Iterator[LoadedBatch]:
         """Go through samples of a dataset once.
@@ -169,16 +176,15 @@ class Reader:
             return
         is_often = any(dataset is other for other in self._often)
         datasets = self._often if is_often else (dataset,)
-        idle = None
-        if is_often:  # taken, so that a pass within this one has workers of its own
-            idle, self._idle = self._idle, None
-        loader, batches = idle or self._loader(datasets)
+        # Taken, so that a pass within this one has workers of its own.
+        loader, batches = self._idle.pop() if is_often and self._idle else self._loader(datasets)
         number = next(n for n, other in enumerate(datasets) if other is dataset)
         batches.keys = [(number, sample_id) for sample_id in ids.tolist()]
         batches.batch_size = batch_size
-        yield from loader
+        for loaded in loader:
+            yield LoadedBatch(dataset, *loaded)
         if datasets is self._often:
-            self._idle = loader, batches
+            self._idle.append((loader, batches))
 
     def _loader(self, datasets: Sequence[Dataset[Any]]) -> tuple[DataLoader[Any], _Batches]:
         batches = _Batches()

@@ -160,7 +160,7 @@ class Probe:
             BadSampleError: If a sample fails and ``on_bad_sample`` is ``"raise"``.
             CaptureError: If a named layer is never reached.
         """
-        for loaded in self.reader.batches(dataset, ids, self.batch_size):
+        for loaded in self.reader.batches(dataset, ids, min(self.batch_size, self._most)):
             self._note_bad(loaded.bad)
             if len(loaded.ids):
                 yield from self.look(loaded, snapshots, gradients)
@@ -257,11 +257,12 @@ class Probe:
     def _look_at_halves(
         self, loaded: LoadedBatch, snapshots: Snapshots | None, gradients: bool
     ) -> Iterator[Captured]:
-        half = len(loaded.ids) // 2
-        for part in (slice(None, half), slice(half, None)):
-            samples = loaded.samples[part]
-            piece = LoadedBatch(loaded.ids[part], samples, self.collate(samples), [])
-            yield from self.look(piece, snapshots, gradients)
+        # Read again, and both before either is looked at, which may need the reader, too.
+        half = -(-len(loaded.ids) // 2)
+        for piece in list(self.reader.batches(loaded.dataset, loaded.ids, half)):
+            self._note_bad(piece.bad)
+            if len(piece.ids):
+                yield from self.look(piece, snapshots, gradients)
 
     def _try_parts(self, captured: Captured | None) -> None:
         """Form what scoring will, once for each size of batch, to see whether memory lasts."""
@@ -311,7 +312,8 @@ class Probe:
             recorder.representations(n),
             recorder.fingerprints(n),
         )
-        self.like = [layer.rows(slice(0, 0)) for layer in captured.gradients] or self.like
+        nothing = torch.empty(0, dtype=torch.int64)  # by index, as a slice would keep it all
+        self.like = [layer.rows(nothing) for layer in captured.gradients] or self.like
         return self._keep_finite(captured)
 
     def _outcome(self, batch: Any, n: int, snapshots: Snapshots | None, age: int) -> Outcome:

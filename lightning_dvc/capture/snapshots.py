@@ -54,14 +54,16 @@ class Snapshots:
             module: The model that was pushed.
             age: 0 is the latest state, ``len(self) - 1`` the oldest.
         """
-        present = _moving_tensors(module)
-        data = {name: tensor.data for name, tensor in present.items()}
+        # All there are, since what moved then may be frozen now.
+        present = dict(module.named_parameters()) | dict(module.named_buffers())
+        moved = {name: present[name] for name in self._states[age]}
+        data = {name: tensor.data for name, tensor in moved.items()}
         try:
             for name, state in self._states[age].items():
-                present[name].data = state.to(present[name].device)
+                moved[name].data = state.to(moved[name].device)
             yield
         finally:
-            for name, tensor in present.items():
+            for name, tensor in moved.items():
                 tensor.data = data[name]
 
     @torch.no_grad()

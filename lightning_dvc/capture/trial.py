@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_dvc.capture.loading import LoadedBatch
+from lightning_dvc.capture.loading import Entry, LoadedBatch, Reader, TolerantCollate
 from lightning_dvc.capture.probe import Captured, Probe
 
 
@@ -38,26 +38,26 @@ def try_out(probe: Probe, dataset: Dataset[Any], ids: Tensor) -> Trial:
         ids: ``(n,)`` samples to look at.
     """
     mixed, random = set(), set()
-    for loaded in probe.reader.batches(dataset, ids, probe.batch_size):
+    collate = TolerantCollate(probe.collate)
+    one_by_one = Reader(list, probe.num_workers, **probe.worker_settings)
+    for read in one_by_one.batches(dataset, ids, probe.batch_size):
+        samples = zip(read.ids.tolist(), read.batch or [], strict=True)
+        entries: list[Entry] = [(sample_id, sample, None) for sample_id, sample in samples]
+        loaded, turned = (LoadedBatch(dataset, *collate(some)) for some in (entries, entries[::-1]))
         if not len(loaded.ids):
             continue
-        seen = list(probe.look(loaded))
-        again = list(probe.look(_collated(probe, loaded.ids, loaded.samples)))
-        turned = list(probe.look(_collated(probe, loaded.ids.flip(0), loaded.samples[::-1])))
+        seen, again = list(probe.look(loaded)), list(probe.look(loaded))
         names = list(probe.captured_layers)
         changing = differing(names, seen, again)
         random.update(changing)
-        mixed.update(set(differing(names, seen, turned)) - set(changing))
+        other = list(probe.look(turned))
+        mixed.update(set(differing(names, seen, other)) - set(changing))
     probe.bad.clear()
     in_order = list(probe.captured_layers)
     return Trial(
         [name for name in in_order if name in mixed - random],
         [name for name in in_order if name in random],
     )
-
-
-def _collated(probe: Probe, ids: Tensor, samples: list[Any]) -> LoadedBatch:
-    return LoadedBatch(ids, samples, probe.collate(samples), [])
 
 
 def differing(

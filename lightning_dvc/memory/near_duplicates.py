@@ -1,11 +1,12 @@
 """Which samples nearly repeat one that is selected already, by their hash codes (algorithm 3)."""
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lightning_dvc.distinct import distinct_rows
 from lightning_dvc.memory.lsh import RandomHyperplanes, near_duplicate_pairs
 
 # A pair at 0.05 radians meets in a bucket with probability 1 - 1e-10, one at 1 radian with 3%.
@@ -15,6 +16,26 @@ _BITS: Final = 16
 # radians meets with probability 1 - 2e-6, and one at 0.1 with 0.9995; with twice as many, with
 # 1 - 6e-5 and 0.993.
 _MOST_PAIRS: Final = 2**26
+
+
+class Repeats(NamedTuple):
+    """Which samples nearly repeat each other.
+
+    Of a thousand copies of one sample, there are a thousand numbers here, and no pair.
+
+    Attributes:
+        look: ``(n,)`` int64; samples with the same number look the same.
+        pairs: ``(p, 2)`` numbers of looks that nearly repeat each other, each pair once.
+    """
+
+    look: Tensor
+    pairs: Tensor
+
+    def any(self) -> Tensor:
+        """``(n,)`` bool, which samples nearly repeat another."""
+        repeats = torch.bincount(self.look) > 1
+        repeats[self.pairs.flatten()] = True
+        return repeats[self.look]
 
 
 class NearDuplicates:
@@ -67,14 +88,16 @@ class NearDuplicates:
 
     def known(self, codes: Tensor) -> Tensor:
         """Tell which of ``(n, 16)`` codes nearly repeat one that is held, ``(n,)`` bool."""
-        found = torch.zeros(len(codes), dtype=torch.bool)
-        found[self._pairs(codes, self._codes)[:, 0]] = True
-        return found
+        (first, number), (held, _) = distinct_rows(codes), distinct_rows(self._codes)
+        found = torch.zeros(len(first), dtype=torch.bool)
+        found[self._pairs(codes[first], self._codes[held])[:, 0]] = True
+        return found[number]
 
-    def among(self, codes: Tensor) -> Tensor:
-        """Pairs of positions in ``(n, 16)`` codes that nearly repeat each other, ``(p, 2)``."""
-        pairs = self._pairs(codes, codes)
-        return pairs[pairs[:, 0] < pairs[:, 1]]
+    def among(self, codes: Tensor) -> Repeats:
+        """Tell which of ``(n, 16)`` codes nearly repeat each other."""
+        first, number = distinct_rows(codes)
+        pairs = self._pairs(codes[first], codes[first])
+        return Repeats(number, pairs[pairs[:, 0] < pairs[:, 1]])
 
     def state_dict(self) -> dict[str, Any]:
         """The ids and codes held, and the centre."""

@@ -20,6 +20,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from lightning_dvc.distinct import distinct_rows
 from lightning_dvc.errors import ConfigurationError
 
 _ENOUGH: Final = 20
@@ -66,14 +67,8 @@ def conformal_p_values(confidence: Tensor, reference: Tensor) -> Tensor:
 
 
 def _alike(rows: Tensor) -> tuple[Tensor, ...]:
-    """Positions of equal rows of ``(n, S)`` bool, a tensor for each row that there is.
-
-    ``torch.unique`` along a dimension takes forty times as long.
-    """
-    number = torch.zeros(len(rows), dtype=torch.int64)
-    for columns in rows.long().split(31, dim=1):
-        bits = columns @ (1 << torch.arange(columns.shape[1]))
-        _, number = torch.unique((number << 31) + bits, return_inverse=True)
+    """Positions of equal rows of ``(n, S)`` bool, a tensor for each row that there is."""
+    _, number = distinct_rows(rows)
     groups: tuple[Tensor, ...] = number.argsort(stable=True).split(number.bincount().tolist())
     return groups
 

@@ -164,6 +164,6 @@ def bounds_by_yield(
     """
     floor, ceiling = (torch.minimum(bound, unseen) for bound in bounds)
     # Laplace's rule of succession: of a source without candidates nothing is known.
-    likely = ((usable + 1) / (drawn + 2) * unseen).ceil().to(torch.int64)
+    likely = -(-(usable + 1) * unseen // (drawn + 2))  # rounded up, and exact
     likely = likely.maximum(floor).minimum(ceiling)
     return (floor, likely) if int(likely.sum()) >= wanted else (likely, ceiling)

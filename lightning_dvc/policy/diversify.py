@@ -51,7 +51,7 @@ def diversify(
     arm_floor: Tensor | None = None,
     class_ceiling: Tensor | None = None,
     duplicate_of_known: Tensor | None = None,
-    duplicate_pairs: Tensor | None = None,
+    repeats: tuple[Tensor, Tensor] | None = None,
     disbelieved: Tensor | None = None,
     relax: bool = True,
 ) -> Diversified:
@@ -77,8 +77,9 @@ def diversify(
         class_ceiling: ``(C,)`` the most to choose from each class. None: no such rule.
         duplicate_of_known: ``(n,)`` bool, which candidates nearly repeat a selected sample. None:
             none does.
-        duplicate_pairs: ``(p, 2)`` positions of candidates that nearly repeat each other. None:
-            none do.
+        repeats: ``(n,)`` numbers of what candidates look like, the same for the same look, and
+            ``(p, 2)`` pairs of such numbers that nearly repeat each other. None: no two candidates
+            do.
         disbelieved: ``(n,)`` bool, whose targets the model disbelieves. None: nobody's.
         relax: Whether the quota matters more than the other rules, as in a last round.
 
@@ -97,12 +98,13 @@ def diversify(
         >>> chosen.positions, chosen.passed_over
         (tensor([0, 2]), {'arm': 0, 'class': 1, 'duplicate': 0, 'belief': 0})
     """
-    per_candidate = {"known": duplicate_of_known, "disbelieved": disbelieved}
+    look, pairs = repeats or (torch.arange(len(ids)), torch.empty(0, 2, dtype=torch.int64))
+    per_candidate = {"look": look, "known": duplicate_of_known, "disbelieved": disbelieved}
     _check(values, quota, ids=ids, arms=arms, labels=labels, **per_candidate)
     by_id = torch.argsort(ids, stable=True)
     order = by_id[torch.argsort(values[by_id], descending=True, stable=True)]
     resembling: dict[int, list[int]] = {}
-    for one, other in [] if duplicate_pairs is None else duplicate_pairs.tolist():
+    for one, other in pairs.tolist():
         resembling.setdefault(one, []).append(other)
         resembling.setdefault(other, []).append(one)
     choice = _Choice(
@@ -112,6 +114,7 @@ def diversify(
         arm_floor=[0] * len(arm_ceiling) if arm_floor is None else arm_floor.tolist(),
         class_room=None if class_ceiling is None else class_ceiling.tolist(),
         duplicate=[False] * len(ids) if duplicate_of_known is None else duplicate_of_known.tolist(),
+        look=look.tolist(),
         resembling=resembling,
         disbelieved=[False] * len(ids) if disbelieved is None else disbelieved.tolist(),
     )
@@ -178,6 +181,7 @@ class _Choice:
         arm_floor: list[int],
         class_room: list[int] | None,
         duplicate: list[bool],
+        look: list[int],
         resembling: dict[int, list[int]],
         disbelieved: list[bool],
     ) -> None:
@@ -186,7 +190,9 @@ class _Choice:
         self.arm_floor = arm_floor
         self.class_room = class_room or []
         self.duplicate = duplicate
+        self.look = look
         self.resembling = resembling
+        self.taken_looks: set[int] = set()
         self.disbelieved = disbelieved
         self.chosen: list[int] = []
 
@@ -227,7 +233,7 @@ class _Choice:
         forbids = {
             "arm": self.arm_room[self.arms[position]] <= 0,
             "class": 0 <= label < len(self.class_room) and self.class_room[label] <= 0,
-            "duplicate": self.duplicate[position],
+            "duplicate": self.duplicate[position] or self.look[position] in self.taken_looks,
             "belief": self.disbelieved[position],
         }
         return next((rule for rule in rules if forbids[rule]), None)
@@ -238,8 +244,8 @@ class _Choice:
         self.arm_floor[self.arms[position]] -= 1
         if 0 <= self.labels[position] < len(self.class_room):
             self.class_room[self.labels[position]] -= 1
-        for other in self.resembling.get(position, []):
-            self.duplicate[other] = True
+        look = self.look[position]
+        self.taken_looks.update([look], self.resembling.get(look, []))
 
 
 def _check(values: Tensor, quota: int, **others: Tensor | None) -> None:

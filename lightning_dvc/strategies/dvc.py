@@ -385,7 +385,7 @@ class DVC:
             quota=len(scores),
             arm_ceiling=torch.bincount(arms, minlength=n_arms),
             duplicate_of_known=known,
-            duplicate_pairs=among,
+            repeats=among,
             disbelieved=disbelieved(
                 self._p_values(scores.confidence, examined), arms, self.disbelief_rate
             ),
@@ -468,7 +468,7 @@ class DVC:
             arm_floor=floor,
             class_ceiling=self._class_ceiling(scores.labels, examined.labels, quota),
             duplicate_of_known=known,
-            duplicate_pairs=among,
+            repeats=among,
             disbelieved=doubted,
             # What a round leaves over, the next ones make up for with other candidates.
             relax=this.is_last,

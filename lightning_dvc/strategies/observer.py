@@ -20,7 +20,7 @@ from lightning_dvc.memory.density import (
 )
 from lightning_dvc.memory.gradient_cache import GradientCache
 from lightning_dvc.memory.history import SampleHistory
-from lightning_dvc.memory.near_duplicates import N_TABLES, NearDuplicates
+from lightning_dvc.memory.near_duplicates import N_TABLES, NearDuplicates, Repeats
 from lightning_dvc.memory.statistics import StreamingMedian
 from lightning_dvc.metrics.reference import MeanGradients, ReferenceGradients
 from lightning_dvc.randomness import torch_stream
@@ -106,6 +106,7 @@ class Observer:
         self.window = settings.stability_window + 1
         # Beside stability, the cache needs the latest state, to tell how far the model has moved.
         states = settings.stability_window if "stability" in needs else 0
+        self._looks_back = states > 0
         self._snapshots = Snapshots(max(states, int(settings.cache_bytes > 0)))
         self._cache = GradientCache(
             settings.cache_bytes, settings.cache_dtype, settings.drift_tolerance
@@ -165,7 +166,7 @@ class Observer:
         """Look at this process's part of the candidates, batch by batch, with gradients."""
         cached = CachedProbe(this.probe, self._cache, self.window)
         mine = this.group.shard(ids, this.probe.batch_size)
-        snapshots = self._snapshots if "stability" in self._needs else None
+        snapshots = self._snapshots if self._looks_back else None
         return cached.capture(this.pools.dataset, mine, snapshots, keep=self._cache_pays)
 
     def again(self, this: Round, ids: Tensor) -> Iterator[Captured]:
@@ -177,8 +178,8 @@ class Observer:
         """Hash the features of ``n`` samples, ``(n, tables)``."""
         return self._ready[2].codes(captured.fingerprints)
 
-    def duplicates(self, codes: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Near-duplicates: ``(n,)`` of a selected sample, and ``(p, 2)`` pairs among candidates.
+    def duplicates(self, codes: Tensor) -> tuple[Tensor | None, Repeats | None]:
+        """Near-duplicates: ``(n,)`` which of a selected sample, and those among the candidates.
 
         None where a repetition cannot be told from a neighbour.
         """
@@ -198,7 +199,7 @@ class Observer:
         history, _, near = self._ready
         history.forget(removed)
         near.forget(removed)
-        seen = 1 + (len(self._snapshots) if "stability" in self._needs else 0)
+        seen = 1 + (len(self._snapshots) if self._looks_back else 0)
         history.record(chosen.ids, chosen.confidence[:, :seen], this.number)
         near.add(chosen.ids, chosen.codes)
         self._snapshots.push(this.probe.module)
@@ -296,8 +297,7 @@ class Observer:
         if reference is None:
             return True
         near, codes, most = self._ready[2], self.codes(reference), _MOST_ALIKE * len(reference)
-        alike = torch.zeros(len(codes), dtype=torch.bool)
-        alike[near.among(codes).flatten()] = True
+        alike = near.among(codes).any()
         if int(alike.sum()) <= most:  # else the selected ones, which are more, need no look
             alike |= near.known(codes)
         return int(alike.sum()) <= most

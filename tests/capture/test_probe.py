@@ -179,6 +179,14 @@ def test_worker_processes_give_the_same():
     assert there.bad == here.bad
 
 
+def test_what_layers_are_like_keeps_nothing_of_a_batch_in_memory():
+    probe = make_probe()
+    look(probe)
+    tensors = [tensor for layer in probe.like for tensor in layer.tensors().values()]
+    assert len(tensors) >= 4
+    assert sum(tensor.untyped_storage().nbytes() for tensor in tensors) == 0
+
+
 def test_without_gradients():
     probe = make_probe()
     captured = look(probe, gradients=False)

@@ -44,6 +44,19 @@ def test_each_age_gives_the_state_of_its_time_back():
         assert same(values(net), now)
 
 
+def test_what_is_frozen_since_is_given_back_and_stays_frozen():
+    net, snapshots = Net(), Snapshots(window=1)
+    then = values(net)
+    snapshots.push(net)
+    move(net)
+    now = values(net)
+    net.a.requires_grad_(False)
+    with snapshots.applied(net, 0):
+        assert same(values(net), then)
+    assert same(values(net), now)
+    assert not net.a.weight.requires_grad
+
+
 def test_the_present_state_returns_after_an_error():
     net, snapshots = Net(), Snapshots(window=1)
     snapshots.push(net)

@@ -21,12 +21,37 @@ def test_slightly_changed_copies_are_known_and_others_are_not():
     assert not near.known(near.codes(draw(300, 2))).any()
 
 
-def test_pairs_among_candidates_are_named_once():
+def pairs_of(repeats):
+    """All pairs of positions that nearly repeat each other."""
+    looks, alike = repeats.look.tolist(), {tuple(sorted(pair)) for pair in repeats.pairs.tolist()}
+    return {
+        (i, j)
+        for j in range(len(looks))
+        for i in range(j)
+        if looks[i] == looks[j] or tuple(sorted((looks[i], looks[j]))) in alike
+    }
+
+
+def test_repeats_among_candidates_are_found():
     near, _ = filled()
     x = draw(50, 3)
-    codes = near.codes(torch.cat([x, x[:5], x[:1]]))
-    expected = {(0, 50), (0, 55), (50, 55), (1, 51), (2, 52), (3, 53), (4, 54)}
-    assert set(map(tuple, near.among(codes).tolist())) == expected
+    changed = x[5:7] + 0.05 * draw(2, 5)
+    repeats = near.among(near.codes(torch.cat([x, x[:5], x[:1], changed])))
+    exact = {(0, 50), (0, 55), (50, 55), (1, 51), (2, 52), (3, 53), (4, 54)}
+    assert pairs_of(repeats) == exact | {(5, 56), (6, 57)}
+    assert len(repeats.pairs) == 2
+    assert torch.nonzero(repeats.any()).flatten().tolist() == [*range(7), *range(50, 58)]
+
+
+def test_thousands_of_copies_make_no_pairs():
+    near, x = filled()
+    codes = near.codes(torch.cat([x[:1].expand(20_000, -1), draw(3, 6)]))
+    repeats = near.among(codes)
+    assert repeats.pairs.shape == (0, 2)
+    assert len(repeats.look[:20_000].unique()) == 1
+    assert repeats.any().tolist() == [True] * 20_000 + [False] * 3
+    near.add(torch.arange(1000, 21_000), codes[:20_000])
+    assert near.known(codes).tolist() == [True] * 20_000 + [False] * 3
 
 
 def test_what_is_forgotten_is_not_known():
@@ -66,4 +91,5 @@ def test_nothing_held_and_nothing_asked():
     assert not near.known(codes).any()
     none = torch.empty(0, N_TABLES, dtype=torch.int64)
     near.add(torch.empty(0, dtype=torch.int64), none)
-    assert near.among(none).shape == (0, 2)
+    assert pairs_of(near.among(none)) == set()
+    assert near.among(none).any().shape == (0,)

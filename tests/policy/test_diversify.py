@@ -16,7 +16,8 @@ def choose_by_hand(p):
     chosen = []
 
     def near(i, j):
-        return [i, j] in p.pairs or [j, i] in p.pairs
+        one, other = p.look[i], p.look[j]
+        return one == other or [one, other] in p.pairs or [other, one] in p.pairs
 
     def allowed(i, class_rule, duplicate_rule, belief_rule):
         if sum(p.arms[c] == p.arms[i] for c in chosen) >= p.arm_ceiling[p.arms[i]]:
@@ -60,10 +61,8 @@ class Problem:
         self.labels = rows(st.integers(-1, N_CLASSES))
         self.known = rows(st.booleans())
         self.disbelieved = rows(st.booleans())
-        position = st.integers(0, max(n - 1, 0))
-        self.pairs = draw(
-            st.lists(st.lists(position, min_size=2, max_size=2), max_size=6 * (n > 0))
-        )
+        self.look = rows(st.integers(0, 15))
+        self.pairs = draw(st.lists(st.lists(st.integers(0, 15), min_size=2, max_size=2)))
         self.quota = draw(st.integers(0, 14))
         self.arm_ceiling = draw(st.tuples(*[st.integers(0, 9)] * N_ARMS))
         self.relax = draw(st.booleans())
@@ -82,7 +81,10 @@ class Problem:
             duplicate_of_known=torch.tensor(self.known, dtype=torch.bool),
             arm_floor=torch.tensor(self.arm_floor),
             relax=self.relax,
-            duplicate_pairs=torch.tensor(self.pairs, dtype=torch.int64).reshape(-1, 2),
+            repeats=(
+                torch.tensor(self.look, dtype=torch.int64),
+                torch.tensor(self.pairs, dtype=torch.int64).reshape(-1, 2),
+            ),
             disbelieved=torch.tensor(self.disbelieved, dtype=torch.bool),
         )
 
@@ -151,9 +153,9 @@ def test_what_is_disbelieved_comes_last():
 
 
 def test_near_duplicates_among_the_candidates():
-    pairs = torch.tensor([[0, 1], [2, 3]])
+    look, pairs = torch.tensor([0, 0, 1, 2]), torch.tensor([[1, 2]])
     values = [0.6, 0.7, 0.8, 0.9]
-    assert choose(values, duplicate_pairs=pairs, quota=2).positions.tolist() == [3, 1]
+    assert choose(values, repeats=(look, pairs), quota=2).positions.tolist() == [3, 1]
     assert choose(values, quota=2).positions.tolist() == [3, 2]
 
 
@@ -183,6 +185,9 @@ def test_arguments_that_do_not_fit_are_refused():
         choose([0.1, math.nan, 0.2, 0.3])
     with pytest.raises(ConfigurationError, match="labels"):
         choose([0.1, 0.2, 0.3, 0.4], labels=torch.zeros(3))
+    nothing = torch.empty(0, 2, dtype=torch.int64)
+    with pytest.raises(ConfigurationError, match="look"):
+        choose([0.1, 0.2, 0.3, 0.4], repeats=(torch.zeros(3, dtype=torch.int64), nothing))
     with pytest.raises(ConfigurationError, match="quota"):
         choose([0.1, 0.2, 0.3, 0.4], quota=-1)
 
