@@ -35,7 +35,7 @@ def pairs_of(repeats):
 def test_repeats_among_candidates_are_found():
     near, _ = filled()
     x = draw(50, 3)
-    changed = x[5:7] + 0.05 * draw(2, 5)
+    changed = x[5:7] + 0.03 * draw(2, 5)
     repeats = near.among(near.codes(torch.cat([x, x[:5], x[:1], changed])))
     exact = {(0, 50), (0, 55), (50, 55), (1, 51), (2, 52), (3, 53), (4, 54)}
     assert pairs_of(repeats) == exact | {(5, 56), (6, 57)}
