@@ -346,10 +346,16 @@ class DVCCallback(Callback):
         datamodule = self._datamodule(trainer)
         n_selected = len(datamodule.selected_ids)
         if n_selected < datamodule.budget and not trainer_bridge.is_trial_run(trainer):
+            remedy = (
+                "Give it more epochs, or set rounds= of the datamodule or every_n_epochs= of the "
+                "callback lower."
+                if self.rounds_done < self._n_rounds
+                else "There was no more to select: look at max_share of the sources, and at "
+                "selection.set_aside of the datamodule."
+            )
             rank_zero_warn(
                 f"The run ended with {n_selected} of a budget of {datamodule.budget} samples "
-                f"selected, after {self.rounds_done} of {self._n_rounds} rounds. Give it more "
-                "epochs, or set rounds= of the datamodule or every_n_epochs= of the callback lower."
+                f"selected, after {self.rounds_done} of {self._n_rounds} rounds. {remedy}"
             )
 
     @override
@@ -367,6 +373,7 @@ class DVCCallback(Callback):
             "strategy_name": type(self.strategy).__name__,
             "datamodule_name": type(self._owner).__name__,
             "selected": len(self._owner.selected_ids) if self._owner else 0,
+            "budget": self._owner.budget if self._owner else 0,
             "rounds_done": self.rounds_done,
             "n_rounds": self._n_rounds,
             "plan": self._plan and asdict(self._plan),
@@ -393,6 +400,15 @@ class DVCCallback(Callback):
         self._layers_before = state_dict["layers"] or None
         self.watch.seconds = dict(state_dict["seconds"])
         self._seconds_before = state_dict["training_seconds"]
+        if self._plan and self._owner and self._owner.budget > state_dict["budget"]:
+            self._go_on(self._plan, self._owner)
+
+    def _go_on(self, plan: Plan, datamodule: DVCDataModule) -> None:
+        """Plan more rounds where all have taken place and the budget is larger than it was."""
+        if self.rounds_done >= self._n_rounds:
+            n_rounds = self.rounds_done + datamodule.rounds
+            n_selected = len(datamodule.selected_ids)
+            self._follow(Plan(n_selected, n_rounds, plan.period, self.rounds_done))
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
         saved, present = state["strategy_name"], type(self.strategy).__name__

@@ -13,7 +13,15 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_dvc import DVC, BayesianWeights, DVCCallback, DVCDataModule, FixedWeights, Random
+from lightning_dvc import (
+    DVC,
+    BayesianWeights,
+    DVCCallback,
+    DVCDataModule,
+    FixedWeights,
+    Random,
+    Source,
+)
 from lightning_dvc.capture import loading
 from lightning_dvc.errors import BadSampleError, CaptureError, ConfigurationError, ObjectiveError
 from lightning_dvc.policy.weights import DEFAULT_WEIGHTS
@@ -313,6 +321,15 @@ def test_a_second_fit_goes_on_selecting():
     fit(datamodule, callback=callback, max_epochs=6)
     assert callback.rounds_done == 6
     assert len(datamodule.selected_ids) == 120
+
+
+def test_a_budget_that_cannot_be_spent_is_told_with_what_keeps_it():
+    third = {name: Source(good(seed=seed), max_share=1 / 3) for seed, name in enumerate("abc")}
+    with pytest.warns(UserWarning, match="after 3 of 3 rounds. There was no more .* max_share"):
+        datamodule, _, _ = fit(make(third, budget=100), max_epochs=6)
+    assert len(datamodule.selected_ids) == 99
+    with pytest.warns(UserWarning, match="after 1 of 3 rounds. Give it more epochs"):
+        fit(max_epochs=4, callbacks=[StopAfter(1)])
 
 
 def test_a_strategy_that_learns_needs_a_score():

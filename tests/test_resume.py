@@ -372,6 +372,18 @@ def test_a_budget_below_what_is_selected_is_refused(tmp_path):
         resume(tmp_path / "2", datamodule(budget=20, wrapped=True), data={"wrapped": True})
 
 
+@pytest.mark.parametrize("budget", [48, 90])
+def test_a_finished_run_goes_on_selecting_with_a_larger_budget_only(tmp_path, budget):
+    run(tmp_path / "begun", strategy=fixed)
+    module = datamodule(budget=budget)
+    callback = DVCCallback(fixed(), monitor="val_acc")
+    trainer(callbacks=[callback], max_epochs=9).fit(
+        Net(), module, ckpt_path=saved(tmp_path / "begun")[-1]
+    )
+    assert len(module.selected_ids) == budget
+    assert callback.rounds_done == (3 if budget == 48 else 6)
+
+
 def test_an_adopted_selection_is_not_replaced_by_that_of_a_checkpoint(tmp_path):
     module = datamodule()
     ids = resume(tmp_path, module).selected_ids

@@ -1,7 +1,8 @@
 """Recent states of the model, to see how a sample's loss has moved while it was not looked at."""
 
+import math
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -67,27 +68,29 @@ class Snapshots:
                 tensor.data = data[name]
 
     @torch.no_grad()
-    def drift(self, layers: Mapping[str, nn.Module]) -> Tensor:
-        """How far each layer has moved since the latest state, ``(L,)``.
+    def drift(self, module: nn.Module, layers: Iterable[str]) -> Tensor:
+        """How far each layer, and all else of the model, has moved since the latest state.
+
+        Args:
+            module: The model that was pushed.
+            layers: Names of ``L`` of its layers.
 
         Returns:
-            ``|now - then| / |then|`` over the layer's own trainable parameters; infinite when
-            there is no earlier state, 0 for a frozen layer.
+            ``(L + 1,)``, ``|now - then| / |then|`` over a layer's own trainable parameters, 0 for a
+            frozen layer; at the end, over everything else that training moves, such as layers that
+            are not named and running means. Infinite where that has no earlier state.
         """
+        layers = list(layers)
         if not self._states:
-            return torch.full((len(layers),), torch.inf)
-        latest, drifts = self._states[0], []
-        for name in layers:
-            pairs = [
-                (p.detach(), latest[f"{name}.{n}" if name else n].to(p.device))
-                for n, p in layers[name].named_parameters()
-                if p.requires_grad and (f"{name}.{n}" if name else n) in latest
-            ]
-            # Squares leave the range of half precision soon.
-            moved = sum(float(widened(now - then).square().sum()) for now, then in pairs)
-            size = sum(float(widened(then).square().sum()) for _, then in pairs)
-            drifts.append((moved / max(size, torch.finfo(torch.float32).tiny)) ** 0.5)
-        return torch.tensor(drifts)
+            return torch.full((len(layers) + 1,), torch.inf)
+        latest, present = self._states[0], _moving_tensors(module)
+        parameters = {name for name, _ in module.named_parameters()}
+        own = [
+            [n for n in present if n in parameters and (not name or n.startswith(f"{name}."))]
+            for name in layers
+        ]
+        others = set(present).difference(*own)
+        return torch.tensor([_moved(present, latest, names) for names in [*own, others]])
 
     def state_dict(self) -> dict[str, Any]:
         """The states, latest first."""
@@ -97,3 +100,13 @@ class Snapshots:
         """Restore the states; a shorter window keeps the latest."""
         self._states.clear()
         self._states.extend(dict(entry) for entry in state["states"][: self._states.maxlen])
+
+
+def _moved(now: Mapping[str, Tensor], then: Mapping[str, Tensor], names: Iterable[str]) -> float:
+    if not set(names) <= then.keys():  # trained since only
+        return math.inf
+    pairs = [(now[name].detach(), then[name].to(now[name].device)) for name in names]
+    # Squares leave the range of half precision soon.
+    moved = sum(float(widened(a - b).square().sum()) for a, b in pairs)
+    size = sum(float(widened(b).square().sum()) for _, b in pairs)
+    return float((moved / max(size, torch.finfo(torch.float32).tiny)) ** 0.5)

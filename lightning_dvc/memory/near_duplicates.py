@@ -75,9 +75,13 @@ class NearDuplicates:
             self._planes = RandomHyperplanes(vectors.shape[1], N_TABLES, _BITS, self._seed)
         return self._planes.codes(vectors - self._centre.to(vectors)).cpu()
 
+    def holds(self, ids: Tensor) -> Tensor:
+        """Tell which of ``(n,)`` ids are held, ``(n,)`` bool."""
+        return torch.isin(ids, self._ids)
+
     def add(self, ids: Tensor, codes: Tensor) -> None:
         """Hold the codes of ``(n,)`` distinct ids; ids held already keep theirs."""
-        new = ~torch.isin(ids, self._ids)
+        new = ~self.holds(ids)
         self._ids = torch.cat([self._ids, ids[new]])
         self._codes = torch.cat([self._codes, codes[new]])
 

@@ -52,7 +52,7 @@ def warm_up_counts(
     Args:
         budget: Samples that may be selected.
         share: Part of the budget to start with, in ``(0, 1]``; every source gives at least one
-            sample if the budget allows.
+            sample if the budget and its largest share allow.
         stock: ``(K,)`` samples of each source.
         shares: Least and largest share of the selection for each source.
 

@@ -93,8 +93,8 @@ class DVC:
         reservoir_size: Selected samples that stand for the selection, drawn afresh each round, at
             least 1: as the reference where there is no other, beside it where it is blended, and
             for diversity (with the exact density at most 256 of them).
-        review_size: Selected samples looked at each round to see whether the model still believes
-            their labels, at least 1.
+        review_size: Selected samples looked at each round in which some may be taken back, to see
+            whether the model still believes their labels, at least 1.
         stability_window: Earlier model states kept for the stability metric and the review, at
             least 0; each costs a copy of the trainable parameters and another forward pass of
             every candidate, but only where stability has a weight.
@@ -124,8 +124,9 @@ class DVC:
         cache_bytes: Memory for what was captured of candidates, in case they are drawn again, at
             least 0; above 0, a copy of the trainable parameters is kept too.
         cache_dtype: Floating type in which that is stored, as it came when not given.
-        drift_tolerance: How far a layer's parameters may move, relative to their norm, before what
-            was captured under them counts as outdated; at least 0.
+        drift_tolerance: How far the parameters of a captured layer, or of all else together, may
+            move, relative to their norm, before what was captured under them counts as outdated;
+            at least 0.
 
     Raises:
         ConfigurationError: If a number is out of its range, or a window comes together with a
@@ -237,7 +238,8 @@ class DVC:
             if earned is not None:
                 _learn(bandit, earned)
         with this.watch.section("examine"):
-            examined = self._observer.examine(this)
+            reviews = self.take_back > 0 and not self._keeps_all(this)
+            examined = self._observer.examine(this, reviews)
             # Decisions are the first process's: elsewhere samples may be augmented otherwise.
             removed = this.group.first(self._disowned(this, examined), this.probe.device)
             if self.layer_weights.learns:
@@ -341,9 +343,13 @@ class DVC:
         # Of the first process, since an answer may depend on the clock.
         return this.group.first(self.weights.ask(this.progress), this.probe.device)
 
+    def _keeps_all(self, this: Round) -> bool:
+        """Whether this is the end, at which what is taken back could not be replaced."""
+        return this.is_last and not self.refines
+
     def _disowned(self, this: Round, examined: Examined) -> Tensor:
         """Selected samples that recent model states have come to disbelieve."""
-        if this.number < _TAKE_BACK_FROM or (this.is_last and not self.refines):
+        if this.number < _TAKE_BACK_FROM or self._keeps_all(this):
             return torch.empty(0, dtype=torch.int64)
         # Not more than can be replaced, beside what is still to be added.
         missing = this.budget - len(this.selected)

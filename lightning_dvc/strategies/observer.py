@@ -128,10 +128,17 @@ class Observer:
             "reference_held_out": self._trust,
         }
 
-    def examine(self, this: Round) -> Examined:
-        """Look at reference samples and at the selection, as the model sees them now."""
+    def examine(self, this: Round, reviews: bool = True) -> Examined:
+        """Look at reference samples and at the selection, as the model sees them now.
+
+        Args:
+            this: The round.
+            reviews: Whether what the model makes of selected samples is asked for, beyond those of
+                the reservoir. Otherwise only those are looked at of which it is not known what they
+                look like.
+        """
         of_selected, of_reference, _ = self._begin(this)
-        reservoir, training = self._look_at_selected(this)
+        reservoir, training = self._look_at_selected(this, reviews)
         reference, gradients = self._look_at_reference(this)
         self._move_cache(this)
         self._tells_repeats = self._can_tell_repeats(reference)
@@ -253,7 +260,7 @@ class Observer:
 
     def _move_cache(self, this: Round) -> None:
         """Tell the cache how far the model has moved, and see whether entries live a round."""
-        drift = self._snapshots.drift(this.probe.captured_layers)
+        drift = self._snapshots.drift(this.probe.module, this.probe.captured_layers)
         self._cache.move(drift)
         self._cache_pays = self._settings.cache_bytes > 0 and bool(
             (drift <= self._settings.drift_tolerance).all()
@@ -276,7 +283,9 @@ class Observer:
             reference = this.probe.capture_all(this.reference, ids, take)
         return reference, gradients
 
-    def _look_at_selected(self, this: Round) -> tuple[Captured, list[ReferenceGradients]]:
+    def _look_at_selected(
+        self, this: Round, reviews: bool
+    ) -> tuple[Captured, list[ReferenceGradients]]:
         """A reservoir of the selection; more of it just in case, each process its part."""
         sizes = self._settings
         ids = this.some(this.selected, sizes.reservoir_size, "reservoir")
@@ -285,6 +294,8 @@ class Observer:
         take = partial(_take, gradients, by_label=sizes.by_class)
         reservoir = this.probe.capture_all(this.pools.dataset, ids, take if stands_in else None)
         others = this.selected[~torch.isin(this.selected, ids)]
+        if not reviews:
+            others = others[~self._ready[2].holds(others)]
         others = this.some(others, sizes.review_size, "review")
         mine = this.group.shard(others, this.probe.batch_size)
         review = list(this.probe.capture(this.pools.dataset, mine, gradients=False))

@@ -77,8 +77,9 @@ def test_drift_in_half_precision_is_that_in_single():
         snapshots.push(moved)
         with torch.no_grad():
             moved.weight.mul_(1.0625)
-        drifts.append(snapshots.drift({"": moved}).item())
-    assert drifts == pytest.approx([0.0625] * 3, rel=1e-2)
+        drifts.append(snapshots.drift(moved, [""]).tolist())
+    assert [own for own, _ in drifts] == pytest.approx([0.0625] * 3, rel=1e-2)
+    assert [others for _, others in drifts] == [0.0] * 3
 
 
 def test_frozen_parameters_are_not_copied():
@@ -91,13 +92,27 @@ def test_frozen_parameters_are_not_copied():
 
 def test_drift_is_relative_to_the_last_state_and_layer_by_layer():
     net, snapshots = Net(), Snapshots(window=3)
-    layers = {"a": net.a, "b": net.b}
-    assert snapshots.drift(layers).tolist() == [torch.inf, torch.inf]
+    assert snapshots.drift(net, ["a", "b"]).tolist() == [torch.inf] * 3
     snapshots.push(net)
     size = sum(float(p.detach().square().sum()) for p in net.a.parameters()) ** 0.5
     move(net, by=0.5)
-    drift = snapshots.drift(layers)
-    assert drift.tolist() == pytest.approx([0.5 * 12**0.5 / size, 0.0])
+    drift = snapshots.drift(net, ["a", "b"])
+    # All else: a weight and a running variance of ones, and a running mean that has moved.
+    assert drift.tolist() == pytest.approx([0.5 * 12**0.5 / size, 0.0, 0.5 * 2 / 8**0.5])
+    net.b.weight.requires_grad_(True)
+    assert snapshots.drift(net, ["a", "b"])[1] == torch.inf
+
+
+def test_what_is_not_named_counts_as_moved_too():
+    net, snapshots = Net(), Snapshots(window=1)
+    snapshots.push(net)
+    size = float(net.a.weight.detach().square().sum() + net.a.bias.detach().square().sum() + 8)
+    move(net, by=0.5)
+    net.a.requires_grad_(False)  # afterwards
+    assert snapshots.drift(net, ["b"]).tolist() == pytest.approx([0.0, 0.5 * 2 / 8**0.5])
+    net.a.requires_grad_(True)
+    own, others = snapshots.drift(net, ["b"]).tolist()
+    assert (own, others) == pytest.approx((0.0, (0.25 * 16 / size) ** 0.5))
 
 
 def test_states_survive_a_file_and_a_shorter_window_keeps_the_latest(tmp_path):

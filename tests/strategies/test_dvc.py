@@ -12,6 +12,7 @@ from lightning_dvc import DVC, BayesianWeights, FixedWeights, Random, Source
 from lightning_dvc.errors import ConfigurationError
 from lightning_dvc.pools import SELECTED
 from lightning_dvc.records import METRICS
+from lightning_dvc.strategies.observer import Observer
 
 
 @pytest.mark.parametrize("reference", [True, False])
@@ -297,6 +298,26 @@ def chosen_late(rate, n_wrong, budget):
     assert len(run.selected) == budget
     late = torch.cat([choice.add for choice in choices[3:]])
     return int((run.pools.arms_of(late) == 1).sum()), len(late)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, [True] * (ROUNDS - 1) + [False]),
+        ({"refine": True}, [True] * ROUNDS),
+        ({"take_back": 0.0}, [False] * ROUNDS),
+    ],
+)
+def test_the_selection_is_reviewed_where_some_may_be_taken_back(monkeypatch, settings, expected):
+    reviewed, examine = [], Observer.examine
+
+    def noting(self, this, reviews):
+        reviewed.append(reviews)
+        return examine(self, this, reviews)
+
+    monkeypatch.setattr(Observer, "examine", noting)
+    Run(DVC(**settings)).all()
+    assert reviewed == expected
 
 
 def test_disbelieved_candidates_are_passed_over():

@@ -65,11 +65,11 @@ class Rounds:
     def new_observer(self):
         return Observer(self.needs, ObserverSettings(**self.settings))
 
-    def examine(self):
+    def examine(self, reviews=True):
         self.number += 1
         self.states.insert(0, copy.deepcopy(self.net))
         with undisturbed(self.net):
-            return self.observer.examine(self.this())
+            return self.observer.examine(self.this(), reviews)
 
     def this(self):
         probe = Probe(self.net, resolve_objective(self.net), default_collate, batch_size=8)
@@ -146,6 +146,26 @@ def test_confidence_in_the_selection_is_that_of_each_state():
         # Without a reference the selection stands in for it.
         assert_same(examined.reference_confidence, expected)
         rounds.end()
+
+
+def test_without_a_review_only_what_is_new_is_looked_at_beside_the_reservoir():
+    rounds, sources = Rounds(reservoir_size=3), {"good": Noted(40), "more": Noted(40, seed=60)}
+    rounds.pools = Pools(sources)
+
+    def read(reviews):
+        for dataset in sources.values():
+            dataset.read.clear()
+        rounds.examine(reviews)
+        rounds.end()
+        return set(sources["good"].read) | {40 + i for i in sources["more"].read}
+
+    assert read(reviews=True) == set(rounds.selected.tolist())
+    assert len(read(reviews=False)) == 3
+    new = torch.tensor([41, 42, 43, 45])
+    rounds.selected = torch.cat([rounds.selected, new])
+    assert read(reviews=False) >= set(new.tolist())
+    assert len(read(reviews=False)) == 3
+    assert read(reviews=True) == set(rounds.selected.tolist())
 
 
 @pytest.mark.parametrize("size", [100, 12])
