@@ -28,7 +28,8 @@ class Choice:
 
     Attributes:
         add: ``(a,)`` ids to add to the selection, best first.
-        values: ``(a,)`` DVC value of each, NaN where the strategy does not score.
+        values: ``(a,)`` by what each was chosen, of DVC in ``[0, 1]``, NaN where the strategy does
+            not score.
         raw: ``(a, 6)`` raw metrics of each (mean over the layers), NaN where not scored.
         weights: ``(6,)`` metric weights in force, NaN where the strategy has none.
         remove: ``(r,)`` ids to take back from the selection; they are not drawn again.

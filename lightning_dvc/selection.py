@@ -48,9 +48,11 @@ class Selection:
         source: ``s`` source names.
         index: ``(s,)`` index of each sample within its source.
         round: ``(s,)`` round in which it was selected; 0 is the warm-up.
-        value: ``(s,)`` its DVC value then, in ``[0, 1]``; NaN where nothing was scored.
-        raw: ``(s, 6)`` its raw metrics then, in the order of :data:`~lightning_dvc.records.METRICS`
-            (the layer metrics are means over the layers); NaN where nothing was scored.
+        value: ``(s,)`` by what it was chosen: of ``DVC`` its value then, in ``[0, 1]``, of another
+            strategy on a scale of its own; NaN where nothing was scored.
+        raw: ``(s, 6)`` its raw metrics then: quality, relevance, diversity, gradient impact,
+            uncertainty, stability (the first three are means over the layers); NaN where not
+            measured.
         weights: ``(s, 6)`` metric weights in force then; NaN where there were none.
         set_aside: Samples that could not be scored.
         n_ever_selected: Distinct samples that were ever selected, those taken back included.
