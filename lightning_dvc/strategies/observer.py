@@ -353,7 +353,7 @@ class Observer:
         if "diversity" not in self._needs:
             return None
         hashed = self._settings.density == "lsh"
-        if not hashed:  # every k-th, since a reservoir is in the order of ids, hence of sources
+        if not hashed:  # every k-th, since a reservoir is in the order in which it was selected
             points = points[:: -(-len(points) // DENSITY_SIZE)]
         bandwidth_squared = median_bandwidth_squared(points, torch_stream(seed, "bandwidth"))
         if hashed:
