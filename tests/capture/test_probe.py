@@ -1,4 +1,5 @@
 import copy
+import multiprocessing as mp
 import weakref
 from dataclasses import replace
 from itertools import pairwise
@@ -517,6 +518,23 @@ def test_out_of_memory_among_samples_that_fail():
     captured = look(probe, dataset=Samples({1: POISON, 6: OSError("torn"), 7: torch.nan}))
     assert_captured(captured, Net(), [0, 2, 3, 4, 5, 8, 9, 10, 11])
     assert sorted(reasons(probe)) == [1, 6, 7]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+def test_halves_are_read_again_by_one_more_set_of_workers():
+    probe, dataset = (
+        make_probe(Hungry(2, "cuda"), batch_size=8, num_workers=2),
+        Samples({5: POISON}),
+    )
+    before = len(mp.active_children())
+    with probe.reader.often(dataset):
+        captured = look(probe, dataset=dataset)
+        assert len(mp.active_children()) == before + 4
+        assert_captured(captured, Net(), [0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11])
+        assert list(reasons(probe)) == [5]
+        assert len(look(probe, dataset=dataset)) == 11
+        assert len(mp.active_children()) == before + 4
+    assert len(mp.active_children()) == before
 
 
 def test_halves_are_collated_anew():
