@@ -51,8 +51,9 @@ class DVCCallback(Callback):
             module. Only strategies that learn from a score need it, such as
             ``DVC(BayesianWeights())``; where it is given, the module must log it.
         mode: Whether a greater (``"max"``) or a smaller (``"min"``) value is better.
-        every_n_epochs: Epochs from one round to the next, at least 1. When not given, as many that
-            the rounds end within two thirds of the run, as ``max_epochs`` or ``max_steps`` ends it;
+        every_n_epochs: Epochs from one round to the next, at least 1. When not given, so many that
+            all rounds take place in the first two thirds of the run, as ``max_epochs`` or
+            ``max_steps`` ends it;
             1 in a run of fewer epochs, or one that neither of them ends. ``max_time`` does not
             count.
         max_overhead: Share of the run's wall time that selection may take, in ``(0, 1]``. While it
@@ -77,7 +78,9 @@ class DVCCallback(Callback):
             not finite: ``"set_aside"``, or ``"raise"``.
 
     Raises:
-        ConfigurationError: If a setting is out of range.
+        ConfigurationError: If a setting is out of range, or the strategy learns from a score and
+            ``monitor`` is not given. When a fit begins, if trainer, datamodule or module cannot
+            work with selection.
 
     Example:
         >>> from lightning.pytorch import Trainer

@@ -68,8 +68,9 @@ class FixedWeights:
     """The same weights in every round.
 
     Args:
-        weights: Six numbers in the order of ``METRICS``, or a mapping from metric to number, 0 for
-            a metric that is not in it; at least 0, and scaled to the sum 1. None: equal weights.
+        weights: Numbers of at least 0, scaled to the sum 1: a mapping from ``"quality"``,
+            ``"relevance"``, ``"diversity"``, ``"gradient_impact"``, ``"uncertainty"`` and
+            ``"stability"``, 0 for what is not in it, or all six in this order. None: equal ones.
 
     Raises:
         ConfigurationError: If weights are negative, not finite, all zero, of the wrong number, or

@@ -64,12 +64,12 @@ class DVC:
     of samples.
 
     Args:
-        weights: How the six metrics are weighed: when not given, by
-            :data:`~lightning_dvc.policy.weights.DEFAULT_WEIGHTS`; see
+        weights: How the six metrics are weighed: when not given, uncertainty by 1, relevance by
+            0.7, quality by 0.3, diversity by 0.1, and the other two not at all; see
             :class:`~lightning_dvc.policy.weights.FixedWeights` and
             :class:`~lightning_dvc.policy.bayesian.BayesianWeights`.
-        layer_weights: ``alpha`` of equation 5: ``"equal"``, ``"depth"``, ``"learned"`` from what is
-            taken back, or one number of at least 0 per captured layer; see
+        layer_weights: ``alpha`` of the paper's equation 5: ``"equal"``, ``"depth"``, ``"learned"``
+            from what is taken back, or one number of at least 0 per captured layer; see
             :class:`~lightning_dvc.policy.layers.LayerWeights`.
         reward: What the bandit learns from: ``"alignment"`` of the mean gradient of a source's
             candidates, disbelieved ones left out, with the reference's; their mean DVC ``"value"``,
