@@ -91,7 +91,8 @@ class Probe:
         self._found = find_layers(self.module, self.layers)
         self._projections = plan_projections(self._found, self.exact_numbers)
         self._order: list[str] = []
-        self._seen_good = False
+        self._passed: tuple[Dataset[Any], int] | None = None  # a sample, the last time
+        self._failed = 0  # samples since then
         self._most = self.batch_size
         self._tried = 0
         self._overwritten: set[str] = set()
@@ -238,9 +239,9 @@ class Probe:
             if full:
                 self._make_smaller(len(loaded.ids), error)
             elif len(loaded.ids) == 1:
-                # The model may be what is broken: then every sample fails, beginning with this.
-                if not self._seen_good and len(self.bad) >= self.batch_size:
-                    raise
+                self._failed += 1
+                if self._failed > self.batch_size and not self._works(snapshots, gradients):
+                    raise  # since it is the model that is broken
                 reason = f"the model raised {type(error).__name__}: {error}"
                 self._note_bad([BadSample(int(loaded.ids[0]), reason)])
                 return
@@ -250,9 +251,22 @@ class Probe:
         if failed:
             yield from self._look_at_halves(loaded, snapshots, gradients)
             return
-        self._seen_good = True
+        self._passed, self._failed = (loaded.dataset, int(loaded.ids[0])), 0
         if captured is not None:
             yield captured
+
+    def _works(self, snapshots: Snapshots | None, gradients: bool) -> bool:
+        """Whether the model takes a sample that it took before."""
+        self._failed = 0
+        if self._passed is None:
+            return False
+        dataset, sample_id = self._passed
+        (loaded,) = self.reader.batches(dataset, torch.tensor([sample_id]), 1)
+        try:
+            self._pass(loaded, snapshots, gradients)
+        except Exception:  # whatever a user's model may raise
+            return False
+        return True
 
     def _look_at_halves(
         self, loaded: LoadedBatch, snapshots: Snapshots | None, gradients: bool

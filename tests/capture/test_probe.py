@@ -421,6 +421,24 @@ def test_no_usable_sample_is_an_error_with_reasons():
         look_at_all(make_probe(), [])
 
 
+class Breaking(Net):
+    broken = False
+
+    def forward(self, x):
+        if self.broken:
+            raise ValueError("out of order")
+        return super().forward(x)
+
+
+def test_a_model_that_breaks_after_a_while_is_not_taken_for_bad_samples():
+    probe = make_probe(Breaking())
+    look(probe)
+    probe.module.broken = True
+    with pytest.raises(ValueError, match="out of order"):
+        look(probe)
+    assert len(probe.bad) <= probe.batch_size
+
+
 def test_model_that_always_raises_is_not_taken_for_bad_samples():
     class Broken(Net):
         def forward(self, x):
