@@ -1,6 +1,5 @@
 """Lightning's hooks turned into rounds of selection."""
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -14,7 +13,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from typing_extensions import override
 
-from lightning_dvc import bars, trainer_bridge
+from lightning_dvc import bars, logs, trainer_bridge
 from lightning_dvc.capture.guard import undisturbed
 from lightning_dvc.capture.objective import UserObjective, resolve_objective
 from lightning_dvc.capture.probe import Probe
@@ -25,7 +24,7 @@ from lightning_dvc.distributed import Group
 from lightning_dvc.errors import ConfigurationError, StateError, check_settings
 from lightning_dvc.policy.plan import Plan, plan_rounds
 from lightning_dvc.randomness import torch_stream
-from lightning_dvc.records import METRICS, BadSample, Choice
+from lightning_dvc.records import BadSample, Choice
 from lightning_dvc.strategies.base import Round, Strategy
 from lightning_dvc.strategies.dvc import DVC
 from lightning_dvc.timing import Stopwatch
@@ -493,6 +492,13 @@ class DVCCallback(Callback):
     def _time_share(self) -> float:
         return self.watch.total / max(self._training_seconds, self.watch.total, 1e-9)
 
+    @property
+    def _time_figures(self) -> dict[str, float]:
+        return {
+            "selection_time_share": self._time_share,
+            "rounds_left_out": self.rounds_left_out,
+        }
+
     def _is_too_dear(self, group: Group) -> bool:
         """Whether to leave out a round that is due; all processes come to the same answer."""
         is_first, is_last = self.rounds_done == 0, self.rounds_done == self._n_rounds - 1
@@ -507,12 +513,7 @@ class DVCCallback(Callback):
         if self.rounds_done < self._n_rounds:  # later ones only refine
             self._n_rounds -= 1
         self.rounds_left_out += 1
-        figures = {
-            "dvc/rounds_left_out": float(self.rounds_left_out),
-            "dvc/selection_time_share": self._time_share,
-        }
-        for logger in trainer.loggers:
-            logger.log_metrics(figures, step=trainer_bridge.steps_so_far(trainer))
+        logs.tell(trainer, self._time_figures)
 
     def _take_bad(self, group: Group) -> list[BadSample]:
         """Samples that could not be scored on any process, each once."""
@@ -533,23 +534,12 @@ class DVCCallback(Callback):
 
     def _log(self, trainer: Trainer, datamodule: DVCDataModule, choice: Choice) -> None:
         counts = datamodule.arm_counts()
-        total = max(int(counts.sum()), 1)
-        figures: dict[str, float] = {
+        figures = {
             "round": self.rounds_done,
-            "selected": total,
-            "added": len(choice.add),
-            "taken_back": len(choice.remove),
+            "selected": max(int(counts.sum()), 1),
             "set_aside": datamodule.n_set_aside,
             "selection_seconds": self.watch.total,
-            "selection_time_share": self._time_share,
-            "rounds_left_out": self.rounds_left_out,
-            **choice.figures,
+            **self._time_figures,
+            **logs.figures_of(choice, datamodule.pools.names, counts),
         }
-        for name, count in zip(datamodule.pools.names, counts.tolist(), strict=True):
-            figures[f"share/{name}"] = count / total
-        for number, metric in enumerate(METRICS):
-            figures[f"weight/{metric}"] = float(choice.weights[number])
-            figures[f"metric/{metric}"] = float(choice.raw[:, number].nanmean())
-        known = {f"dvc/{name}": value for name, value in figures.items() if not math.isnan(value)}
-        for logger in trainer.loggers:
-            logger.log_metrics(known, step=trainer_bridge.steps_so_far(trainer))
+        logs.tell(trainer, figures)
