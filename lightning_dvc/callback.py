@@ -153,7 +153,10 @@ class DVCCallback(Callback):
         self._owner: DVCDataModule | None = None
         self._stage: str | None = None
         self._probe: Probe | None = None
-        self._layers_before: list[str] | None = None  # captured in the run that was resumed
+        # Of the run that was resumed: captured layers, the budget, samples that memory took.
+        self._layers_before: list[str] | None = None
+        self._budget_before = 0
+        self._fits: int | None = None
         self._short_epochs = ExitStack()
         self._started = 0.0
         self._seconds_before = 0.0  # of training, in the run that was resumed
@@ -209,6 +212,7 @@ class DVCCallback(Callback):
             context=partial(trainer_bridge.forward_context, trainer),
             layers=self.layers,
             batch_size=most,
+            fits=self._fits if adapts else None,
             adapts=adapts,
             exact_numbers=self.exact_numbers,
             num_workers=datamodule.loading.num_workers,
@@ -228,6 +232,8 @@ class DVCCallback(Callback):
         self._short_epochs.close()
         trainer_bridge.validate_where_saved(trainer)
         datamodule = self._datamodule(trainer)
+        if self.rounds_done >= self._n_rounds and datamodule.budget > self._budget_before > 0:
+            self._follow(self._plan_of_the_rest(trainer, datamodule))
         probe = self._ready_probe
         # Of all sources, whose samples are neighbours in the warm-up.
         ids = datamodule.selected_ids
@@ -382,6 +388,7 @@ class DVCCallback(Callback):
             "last_epoch": self._last_epoch,
             "rounds_left_out": self.rounds_left_out,
             "layers": list(self._probe.captured_layers) if self._probe else None,
+            "fits": self._probe.fitting if self._probe else None,
             "seconds": dict(self.watch.seconds),
             "training_seconds": self._training_seconds,
         }
@@ -402,15 +409,8 @@ class DVCCallback(Callback):
         self._layers_before = state_dict["layers"] or None
         self.watch.seconds = dict(state_dict["seconds"])
         self._seconds_before = state_dict["training_seconds"]
-        if self._plan and self._owner and self._owner.budget > state_dict["budget"]:
-            self._go_on(self._plan, self._owner)
-
-    def _go_on(self, plan: Plan, datamodule: DVCDataModule) -> None:
-        """Plan more rounds where all have taken place and the budget is larger than it was."""
-        if self.rounds_done >= self._n_rounds:
-            n_rounds = self.rounds_done + datamodule.rounds
-            n_selected = len(datamodule.selected_ids)
-            self._follow(Plan(n_selected, n_rounds, plan.period, self.rounds_done))
+        self._budget_before = state_dict["budget"]
+        self._fits = state_dict["fits"]
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
         saved, present = state["strategy_name"], type(self.strategy).__name__
@@ -459,6 +459,20 @@ class DVCCallback(Callback):
         return plan_rounds(
             datamodule.rounds, self.every_n_epochs, n_selected, datamodule.budget, run
         )
+
+    def _plan_of_the_rest(self, trainer: Trainer, datamodule: DVCDataModule) -> Plan:
+        """More rounds, after all of the saved run's, for a budget that is larger than its was."""
+        run = trainer_bridge.run_of(trainer, datamodule.loading)
+        n_selected = len(datamodule.selected_ids)
+        rest = plan_rounds(
+            datamodule.rounds,
+            self.every_n_epochs,
+            n_selected,
+            datamodule.budget,
+            run.without(trainer.current_epoch, trainer.global_step),
+        )
+        n_rounds = self.rounds_done + rest.n_rounds
+        return Plan(n_selected, n_rounds, rest.period, self.rounds_done)
 
     def _follow(self, plan: Plan) -> None:
         self._plan, self._n_rounds = plan, plan.n_rounds

@@ -364,9 +364,9 @@ class DVCDataModule(LightningDataModule):
         ``max_steps``. It is exact if every round adds all that it is to add. A round that adds
         less, is left out or takes samples back makes the run shorter than this, never longer, and
         so does whatever stops training early, or a ``GradientAccumulationScheduler``. A resumed run
-        gets the same number. It goes by the batch size of the moment, so let
-        ``Tuner.scale_batch_size`` find one before the fit. With manual optimisation, a batch counts
-        as one step.
+        gets the same number, and with a larger budget one that is too large. It goes by the batch
+        size of the moment, so let ``Tuner.scale_batch_size`` find one before the fit. With manual
+        optimisation, a batch counts as one step.
 
         Args:
             trainer: The one that fits, ``self.trainer`` of a LightningModule.

@@ -757,6 +757,33 @@ def test_as_many_samples_are_scored_at_once_as_fit():
     assert net.seen == {}
 
 
+class Sizing(Net):
+    """Notes on how many samples at once it is scored."""
+
+    def __init__(self):
+        super().__init__()
+        self.at_once = []
+
+    def forward(self, x):
+        if not self.training:
+            self.at_once.append(len(x))
+        return super().forward(x)
+
+
+@pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists:UserWarning")
+def test_a_resumed_run_knows_how_many_samples_fit(tmp_path):
+    saver = ModelCheckpoint(tmp_path, save_last=True)
+    settings = {"enable_checkpointing": True, "limit_val_batches": 0}
+    _, _, callback = fit(net=Hungry(), callbacks=[saver], max_epochs=1, **settings)
+    most = callback.state_dict()["fits"]
+    assert most <= 20
+    net = Sizing()
+    resumed = [ModelCheckpoint(tmp_path)]
+    fit(net=net, callbacks=resumed, ckpt_path=tmp_path / "last.ckpt", **settings)
+    assert max(net.at_once) == most
+    assert fit()[2].state_dict()["fits"] is None
+
+
 def test_refining_goes_on_when_the_budget_is_full_and_never_exceeds_it():
     sizes = Sizes()
     sources = {"good": good(), "wrong": wrong()}

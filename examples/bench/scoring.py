@@ -47,9 +47,10 @@ class Bench:
         self.x, self.y = case.samples(case.batch_size, seed=0)
         self.dataset = TensorDataset(self.x, self.y)
         self.ids = torch.arange(len(self.y))
-        self.loaded = LoadedBatch(self.dataset, self.ids, [self.x, self.y], [])
         objective = resolve_objective(self.module)
         self.probe = Probe(self.module, objective, default_collate, batch_size=case.batch_size)
+        again = partial(self.probe.reader.batches, self.dataset)
+        self.loaded = LoadedBatch(again, self.ids, [self.x, self.y], [])
         self.snapshots = Snapshots(_N_SNAPSHOTS)
         for _ in range(_N_SNAPSHOTS):
             self.snapshots.push(self.module)

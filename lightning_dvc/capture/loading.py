@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,13 +23,13 @@ class LoadedBatch:
     Single samples are not sent along: of a worker's each tensor would keep a file open here.
 
     Attributes:
-        dataset: Where the ids point.
+        again: Reads some of its samples again: of ids, and of the size of a batch.
         ids: ``(n,)`` ids of the samples in it.
         batch: What collate made of them; None when no sample could be read.
         bad: Samples that could not be read.
     """
 
-    dataset: Dataset[Any]
+    again: Callable[[Tensor, int], Iterator["LoadedBatch"]]
     ids: Tensor
     batch: Any
     bad: list[BadSample]
@@ -182,7 +183,7 @@ class Reader:
         batches.keys = [(number, sample_id) for sample_id in ids.tolist()]
         batches.batch_size = batch_size
         for loaded in loader:
-            yield LoadedBatch(dataset, *loaded)
+            yield LoadedBatch(partial(self.batches, dataset), *loaded)
         if datasets is self._often:
             self._idle.append((loader, batches))
 

@@ -62,6 +62,7 @@ class Probe:
         context: Where forward passes run, such as autocast.
         layers: Names of the layers to capture, or None for all that can be.
         batch_size: Samples in one pass.
+        fits: How many memory is known to take at once, if fewer do.
         adapts: Whether to halve that and go on when memory runs out, rather than raise.
         exact_numbers: Most numbers in the full gradients of all layers together; the largest layers
             beyond it are projected, see :mod:`lightning_dvc.capture.projection`.
@@ -77,6 +78,7 @@ class Probe:
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
     layers: Sequence[str] | None = None
     batch_size: int = 512
+    fits: int | None = None
     adapts: bool = True
     exact_numbers: int = 2**23
     num_workers: int = 0
@@ -91,13 +93,18 @@ class Probe:
         self._found = find_layers(self.module, self.layers)
         self._projections = plan_projections(self._found, self.exact_numbers)
         self._order: list[str] = []
-        self._passed: tuple[Dataset[Any], int] | None = None  # a sample, the last time
+        self._passed: LoadedBatch | None = None  # the last time
         self._failed = 0  # samples since then
-        self._most = self.batch_size
+        self._most = min(self.batch_size, self.fits or self.batch_size)
         self._tried = 0
         self._overwritten: set[str] = set()
         # cuDNN refuses to differentiate a recurrent layer in eval().
         self._recurrent = any(isinstance(part, nn.RNNBase) for part in self.module.modules())
+
+    @property
+    def fitting(self) -> int | None:
+        """Samples that memory is known to take at once; None while it took as many as wanted."""
+        return self._most if self._most < self.batch_size else None
 
     @property
     def device(self) -> torch.device:
@@ -251,7 +258,7 @@ class Probe:
         if failed:
             yield from self._look_at_halves(loaded, snapshots, gradients)
             return
-        self._passed, self._failed = (loaded.dataset, int(loaded.ids[0])), 0
+        self._passed, self._failed = replace(loaded, batch=None), 0
         if captured is not None:
             yield captured
 
@@ -260,20 +267,20 @@ class Probe:
         self._failed = 0
         if self._passed is None:
             return False
-        dataset, sample_id = self._passed
-        (loaded,) = self.reader.batches(dataset, torch.tensor([sample_id]), 1)
+        (loaded,) = self._passed.again(self._passed.ids[:1], 1)
         try:
-            self._pass(loaded, snapshots, gradients)
-        except Exception:  # whatever a user's model may raise
-            return False
+            if len(loaded.ids):  # else it cannot be read any more, and nothing is known
+                self._pass(loaded, snapshots, gradients)
+        except Exception as error:  # whatever a user's model may raise
+            return is_oom_error(error)
         return True
 
     def _look_at_halves(
         self, loaded: LoadedBatch, snapshots: Snapshots | None, gradients: bool
     ) -> Iterator[Captured]:
         # Read again, and both before either is looked at, which may need the reader, too.
-        half = -(-len(loaded.ids) // 2)
-        for piece in list(self.reader.batches(loaded.dataset, loaded.ids, half)):
+        half = min(-(-len(loaded.ids) // 2), self._most)
+        for piece in list(loaded.again(loaded.ids, half)):
             self._note_bad(piece.bad)
             if len(piece.ids):
                 yield from self.look(piece, snapshots, gradients)

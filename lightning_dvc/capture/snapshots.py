@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -76,21 +76,21 @@ class Snapshots:
             layers: Names of ``L`` of its layers.
 
         Returns:
-            ``(L + 1,)``, ``|now - then| / |then|`` over a layer's own trainable parameters, 0 for a
-            frozen layer; at the end, over everything else that training moves, such as layers that
-            are not named and running means. Infinite where that has no earlier state.
+            ``(L + 1,)``, ``|now - then| / |then|`` over the parameters of a layer that are or were
+            trainable, 0 where there are none, and at the end over those of no such layer. Infinite
+            where there is no earlier state.
         """
-        layers = list(layers)
+        # A parameter that is tied to another has one name in a state.
+        name_of = {id(parameter): name for name, parameter in module.named_parameters()}
+        own = [{name_of[id(p)] for p in module.get_submodule(n).parameters()} for n in layers]
         if not self._states:
-            return torch.full((len(layers) + 1,), torch.inf)
-        latest, present = self._states[0], _moving_tensors(module)
-        parameters = {name for name, _ in module.named_parameters()}
-        own = [
-            [n for n in present if n in parameters and (not name or n.startswith(f"{name}."))]
-            for name in layers
-        ]
-        others = set(present).difference(*own)
-        return torch.tensor([_moved(present, latest, names) for names in [*own, others]])
+            return torch.full((len(own) + 1,), torch.inf)
+        now, then = dict(module.named_parameters()), self._states[0]
+        moving = {
+            name for name, parameter in now.items() if parameter.requires_grad or name in then
+        }
+        others = moving.difference(*own)
+        return torch.tensor([_moved(now, then, names & moving) for names in [*own, others]])
 
     def state_dict(self) -> dict[str, Any]:
         """The states, latest first."""
@@ -102,10 +102,10 @@ class Snapshots:
         self._states.extend(dict(entry) for entry in state["states"][: self._states.maxlen])
 
 
-def _moved(now: Mapping[str, Tensor], then: Mapping[str, Tensor], names: Iterable[str]) -> float:
-    if not set(names) <= then.keys():  # trained since only
+def _moved(now: Mapping[str, Tensor], then: Mapping[str, Tensor], names: Set[str]) -> float:
+    if not names <= then.keys():  # some are trained since only
         return math.inf
-    pairs = [(now[name].detach(), then[name].to(now[name].device)) for name in names]
+    pairs = [(now[name].detach(), then[name].to(now[name].device)) for name in sorted(names)]
     # Squares leave the range of half precision soon.
     moved = sum(float(widened(a - b).square().sum()) for a, b in pairs)
     size = sum(float(widened(b).square().sum()) for _, b in pairs)

@@ -1,11 +1,14 @@
 """A trial before training: which layers do not keep the batch as their first axis."""
 
-from collections.abc import Sequence
+import io
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import Dataset
 
 from lightning_dvc.capture.loading import Entry, LoadedBatch, Reader, TolerantCollate
@@ -39,16 +42,19 @@ def try_out(probe: Probe, dataset: Dataset[Any], ids: Tensor) -> Trial:
     """
     mixed, random = set(), set()
     collate = TolerantCollate(probe.collate)
-    one_by_one = Reader(list, probe.num_workers, **probe.worker_settings)
-    for read in one_by_one.batches(dataset, ids, probe.batch_size):
-        samples = zip(read.ids.tolist(), read.batch or [], strict=True)
-        entries: list[Entry] = [(sample_id, sample, None) for sample_id, sample in samples]
-        loaded, turned = (LoadedBatch(dataset, *collate(some)) for some in (entries, entries[::-1]))
+    reader = Reader(
+        _sent if probe.num_workers else list, probe.num_workers, **probe.worker_settings
+    )
+    for read in reader.batches(dataset, ids, probe.batch_size):
+        samples = dict(zip(read.ids.tolist(), _received(read.batch), strict=True))
+        again = partial(Reader(probe.collate).batches, _Read(samples))
+        entries: list[Entry] = [(sample_id, sample, None) for sample_id, sample in samples.items()]
+        loaded, turned = (LoadedBatch(again, *collate(some)) for some in (entries, entries[::-1]))
         if not len(loaded.ids):
             continue
-        seen, again = list(probe.look(loaded)), list(probe.look(loaded))
+        seen, repeated = list(probe.look(loaded)), list(probe.look(loaded))
         names = list(probe.captured_layers)
-        changing = differing(names, seen, again)
+        changing = differing(names, seen, repeated)
         random.update(changing)
         other = list(probe.look(turned))
         mixed.update(set(differing(names, seen, other)) - set(changing))
@@ -58,6 +64,30 @@ def try_out(probe: Probe, dataset: Dataset[Any], ids: Tensor) -> Trial:
         [name for name in in_order if name in mixed - random],
         [name for name in in_order if name in random],
     )
+
+
+class _Read(Dataset[Any]):
+    """Samples by id that have been read."""
+
+    def __init__(self, samples: Mapping[int, Any]) -> None:
+        self._samples = samples
+
+    def __getitem__(self, sample_id: int) -> Any:
+        return self._samples[sample_id]
+
+
+def _sent(samples: list[Any]) -> bytes:
+    """Single samples in a form in which no tensor of a worker's keeps a file open."""
+    buffer = io.BytesIO()
+    # Else a view would take all along that it is a view of.
+    torch.save(tree_map_only(Tensor, Tensor.clone, samples), buffer)
+    return buffer.getvalue()
+
+
+def _received(samples: bytes | list[Any] | None) -> list[Any]:
+    if isinstance(samples, bytes):
+        return list(torch.load(io.BytesIO(samples), weights_only=False))
+    return samples or []
 
 
 def differing(

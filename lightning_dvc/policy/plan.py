@@ -3,7 +3,7 @@
 import math
 from bisect import bisect_left
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from lightning_dvc.policy.budget import round_quota
@@ -40,6 +40,20 @@ class Run:
     limit_batches: int | float = 1.0
     max_epochs: int | None = None
     max_steps: int | None = None
+
+    def without(self, epochs: int, steps: int) -> "Run":
+        """What is left of a run after so many epochs and optimiser steps, at least one of each.
+
+        Example:
+            >>> Run(batch_size=16, max_epochs=9).without(epochs=6, steps=40).max_epochs
+            3
+        """
+        left = (
+            None if end is None else max(end - done, 1)
+            for end, done in ((self.max_epochs, epochs), (self.max_steps, steps))
+        )
+        max_epochs, max_steps = left
+        return replace(self, max_epochs=max_epochs, max_steps=max_steps)
 
     def steps(self, n_samples: int) -> int:
         """Optimiser steps of an epoch on that many samples of all processes together."""
