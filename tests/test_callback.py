@@ -757,30 +757,24 @@ def test_as_many_samples_are_scored_at_once_as_fit():
     assert net.seen == {}
 
 
-class Sizing(Net):
-    """Notes on how many samples at once it is scored."""
-
-    def __init__(self):
-        super().__init__()
-        self.at_once = []
-
-    def forward(self, x):
-        if not self.training:
-            self.at_once.append(len(x))
-        return super().forward(x)
-
-
 @pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists:UserWarning")
+@pytest.mark.filterwarnings("ignore:The run ended with:UserWarning")
 def test_a_resumed_run_knows_how_many_samples_fit(tmp_path):
     saver = ModelCheckpoint(tmp_path, save_last=True)
     settings = {"enable_checkpointing": True, "limit_val_batches": 0}
-    _, _, callback = fit(net=Hungry(), callbacks=[saver], max_epochs=1, **settings)
+    _, _, callback = fit(net=Hungry(), callbacks=[saver, StopAfter(1)], **settings)
     most = callback.state_dict()["fits"]
     assert most <= 20
-    net = Sizing()
+    at_once = []
+
+    class Noting(Net):
+        def forward(self, x):
+            at_once.append(0 if self.training else len(x))
+            return super().forward(x)
+
     resumed = [ModelCheckpoint(tmp_path)]
-    fit(net=net, callbacks=resumed, ckpt_path=tmp_path / "last.ckpt", **settings)
-    assert max(net.at_once) == most
+    fit(net=Noting(), callbacks=resumed, ckpt_path=tmp_path / "last.ckpt", **settings)
+    assert max(at_once) == most
     assert fit()[2].state_dict()["fits"] is None
 
 
