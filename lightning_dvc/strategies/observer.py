@@ -27,7 +27,8 @@ from lightning_dvc.randomness import torch_stream
 from lightning_dvc.strategies.base import Round
 from lightning_dvc.strategies.scoring import LayerStandards, Scores
 
-# Norms of the last round or so: older ones belong to a model that is gone.
+# Norms of the last round, of 1,000 reference samples; of fewer also of rounds before, whose model
+# is gone. Those of the present round alone made no difference beyond chance (docs/tried.md).
 _NORM_WINDOW: Final = 1024
 # Multiples of the blend. With 50 held-out samples a blend of 50 gains (docs/tried.md); with 150 or
 # 200, in trials that no table has, it did not.
