@@ -5,13 +5,12 @@ import traceback
 
 import pytest
 import torch
+from helpers.baselines import BASELINES, every
 from helpers.problems import CLASSES, Faulty, Net, good, trainer, wrong
 from helpers.rounds import BUDGET, ROUNDS, Run
 from torch import nn
 
 from lightning_dvc import (
-    CoreSet,
-    DataEfficient,
     DataShapley,
     DVCCallback,
     DVCDataModule,
@@ -19,23 +18,12 @@ from lightning_dvc import (
     Influence,
     MetaLearning,
     Source,
-    Uncertainty,
 )
 from lightning_dvc.distributed import Group
 from lightning_dvc.errors import CaptureError
 from lightning_dvc.pools import SET_ASIDE
 from lightning_dvc.strategies.baseline import places
 
-BASELINES = [
-    Uncertainty,
-    CoreSet,
-    GradientMatching,
-    DataShapley,
-    Influence,
-    MetaLearning,
-    DataEfficient,
-]
-every = pytest.mark.parametrize("baseline", BASELINES, ids=lambda kind: kind.__name__)
 short_of_its_budget = pytest.mark.filterwarnings(
     "ignore:The run ended with:UserWarning", "ignore:.* could not be scored and:UserWarning"
 )

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from helpers.baselines import every
 from helpers.problems import Faulty, Net, good, repeated, trainer, wrong
 from helpers.rounds import BUDGET, ROUNDS, Run
 from hypothesis import given, settings
@@ -15,7 +16,6 @@ from torch.utils.data import Dataset
 from lightning_dvc import (
     CoreSet,
     DataEfficient,
-    DataShapley,
     DVCCallback,
     DVCDataModule,
     GradientMatching,
@@ -26,17 +26,6 @@ from lightning_dvc import (
 )
 from lightning_dvc.errors import CaptureError, ConfigurationError
 from lightning_dvc.strategies.baseline import blocks, by_turns, look_at_reference
-
-BASELINES = [
-    Uncertainty,
-    CoreSet,
-    GradientMatching,
-    DataShapley,
-    Influence,
-    MetaLearning,
-    DataEfficient,
-]
-every = pytest.mark.parametrize("baseline", BASELINES, ids=lambda kind: kind.__name__)
 
 
 @every
