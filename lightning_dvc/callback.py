@@ -234,6 +234,8 @@ class DVCCallback(Callback):
         datamodule = self._datamodule(trainer)
         if self.rounds_done >= self._n_rounds and datamodule.budget > self._budget_before > 0:
             self._follow(self._plan_of_the_rest(trainer, datamodule))
+            # Another fit is not to plan as many again.
+            self._budget_before = datamodule.budget
         probe = self._ready_probe
         # Of all sources, whose samples are neighbours in the warm-up.
         ids = datamodule.selected_ids

@@ -382,6 +382,8 @@ def test_a_finished_run_goes_on_selecting_with_a_larger_budget_only(tmp_path, bu
     )
     assert len(module.selected_ids) == budget
     assert callback.rounds_done == (3 if budget == 48 else 6)
+    trainer(callbacks=[callback], max_epochs=3).fit(Net(), module)
+    assert callback.state_dict()["n_rounds"] == callback.rounds_done
 
 
 def test_an_adopted_selection_is_not_replaced_by_that_of_a_checkpoint(tmp_path):

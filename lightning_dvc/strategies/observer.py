@@ -129,7 +129,7 @@ class Observer:
             "reference_held_out": self._trust,
         }
 
-    def examine(self, this: Round, reviews: bool = True) -> Examined:
+    def examine(self, this: Round, reviews: bool) -> Examined:
         """Look at reference samples and at the selection, as the model sees them now.
 
         Args:
