@@ -163,7 +163,7 @@ def test_peers_are_those_that_the_same_states_saw(both):
 
 
 @pytest.mark.parametrize("n_states", [31, 32, 70])
-def test_states_may_be_more_than_the_bits_of_a_number(n_states):
+def test_states_may_be_many(n_states):
     draw = torch.Generator().manual_seed(n_states)
     # Multiples of 2 ** -10, so that sums are exact in any order.
     table = torch.randint(1024, (60, n_states), generator=draw).double() / 1024
