@@ -4,7 +4,9 @@ Best first, and a candidate is passed over where its source or its class is full
 it nearly repeats a sample that is selected already, or where the model disbelieves its target.
 """
 
+import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -49,7 +51,7 @@ def diversify(
     quota: int,
     arm_ceiling: Tensor,
     arm_floor: Tensor | None = None,
-    class_ceiling: Tensor | None = None,
+    class_ceiling: Mapping[int, int] | None = None,
     duplicate_of_known: Tensor | None = None,
     repeats: tuple[Tensor, Tensor] | None = None,
     disbelieved: Tensor | None = None,
@@ -69,12 +71,13 @@ def diversify(
         values: ``(n,)`` DVC values, the greater the better, no NaN.
         ids: ``(n,)`` sample ids; of equal values the smaller id comes first.
         arms: ``(n,)`` sources, in ``0 .. K - 1``.
-        labels: ``(n,)`` classes; no ceiling holds for -1 (no class) or a class beyond the ceilings.
+        labels: ``(n,)`` classes, -1 where there is none.
         quota: The most to choose, at least 0.
         arm_ceiling: ``(K,)`` the most to choose from each source.
         arm_floor: ``(K,)`` the least to choose from each source while it has candidates and the
             quota lasts. None: no floors.
-        class_ceiling: ``(C,)`` the most to choose from each class. None: no such rule.
+        class_ceiling: Class to the most to choose from it, no ceiling for others. None: no such
+            rule.
         duplicate_of_known: ``(n,)`` bool, which candidates nearly repeat a selected sample. None:
             none does.
         repeats: ``(n,)`` numbers of what candidates look like, the same for the same look, and
@@ -93,7 +96,7 @@ def diversify(
         >>> four = torch.arange(4)
         >>> chosen = diversify(
         ...     torch.tensor([0.9, 0.8, 0.7, 0.6]), four, four % 2, torch.tensor([0, 0, 1, 1]),
-        ...     quota=2, arm_ceiling=torch.tensor([2, 2]), class_ceiling=torch.tensor([1, 1]),
+        ...     quota=2, arm_ceiling=torch.tensor([2, 2]), class_ceiling={0: 1, 1: 1},
         ... )
         >>> chosen.positions, chosen.passed_over
         (tensor([0, 2]), {'arm': 0, 'class': 1, 'duplicate': 0, 'belief': 0})
@@ -112,7 +115,7 @@ def diversify(
         labels=labels.tolist(),
         arm_room=arm_ceiling.tolist(),
         arm_floor=[0] * len(arm_ceiling) if arm_floor is None else arm_floor.tolist(),
-        class_room=None if class_ceiling is None else class_ceiling.tolist(),
+        class_room=dict(class_ceiling or {}),
         duplicate=[False] * len(ids) if duplicate_of_known is None else duplicate_of_known.tolist(),
         look=look.tolist(),
         resembling=resembling,
@@ -122,52 +125,49 @@ def diversify(
 
 
 def class_ceilings(
-    reference_labels: Tensor,
-    n_classes: int,
-    quota: int,
-    slack: float = 1.5,
-    smoothing: float = 1.0,
-) -> Tensor:
+    reference_labels: Tensor, labels: Tensor, quota: int, slack: float = 1.5
+) -> dict[int, int]:
     """The most that a round may choose from each class: a little more than its natural share.
 
-    ``max(1, ceil(slack * quota * (m_c + smoothing) / (m + smoothing * C)))`` for a class with
-    ``m_c`` of ``m`` reference samples. The shares are those of the reference, not uniform: that
-    lifted two unbalanced data sets from 45% to 75% and from 93% to 109% of the way from random
-    selection to selection from the clean samples only. They are smoothed (Laplace), because a
-    small reference may lack a class altogether, which must not starve.
+    ``max(1, ceil(slack * quota * (m_c + 1) / (m + C)))`` for a class with ``m_c`` of ``m``
+    reference samples, with ``C`` classes among these and the candidates. The shares are those of
+    the reference, not uniform: that lifted two unbalanced data sets from 45% to 75% and from 93% to
+    109% of the way from random selection to selection from the clean samples only. They are
+    smoothed (Laplace), because a small reference may lack a class altogether, which must not
+    starve. A number that no sample has is no class: it would take from the shares of the others.
 
     Args:
-        reference_labels: ``(m,)`` classes in ``0 .. C - 1``; -1 (no class) is left out.
-        n_classes: ``C``, at least 1.
+        reference_labels: ``(m,)`` classes of the reference, at least 0; -1 (no class) is left out.
+        labels: ``(n,)`` the same of the candidates.
         quota: Samples that the round chooses, at least 0.
-        slack: How far a class may exceed its share, at least 1.
-        smoothing: Reference samples added to each class, greater than 0.
+        slack: How far a class may exceed its share, at least 1; infinite for no ceilings.
 
     Returns:
-        ``(C,)`` int64, at least 1 each. Without any labelled reference nothing is known about the
+        Class to ceiling, at least 1 each. Without any labelled reference nothing is known about the
         mix, so each is the whole quota.
 
     Raises:
         ConfigurationError: If an argument is out of its range.
 
     Example:
-        >>> class_ceilings(torch.tensor([0] * 7 + [1]), n_classes=2, quota=100)
-        tensor([120,  30])
+        >>> class_ceilings(torch.tensor([7] * 7 + [9]), torch.tensor([9, -1]), quota=100)
+        {7: 120, 9: 30}
     """
-    known = reference_labels[reference_labels >= 0]
-    highest = max(known.tolist(), default=-1)
-    if n_classes <= max(highest, 0) or quota < 0 or slack < 1 or smoothing <= 0:
+    if quota < 0 or not slack >= 1:
         raise ConfigurationError(
-            "expected n_classes >= 1, quota >= 0, slack >= 1, smoothing > 0 and labels below "
-            f"n_classes, but got n_classes={n_classes}, quota={quota}, slack={slack}, "
-            f"smoothing={smoothing} and labels up to {highest}; "
-            "change the one that is out of range"
+            f"expected quota >= 0 and slack >= 1, but got quota={quota} and slack={slack}; change "
+            "the one that is out of range"
         )
-    if len(known) == 0:
-        return torch.full((n_classes,), max(quota, 1))
-    counts = torch.bincount(known.cpu(), minlength=n_classes).double() + smoothing
+    if math.isinf(slack):
+        return {}
+    known, own = (given[given >= 0].cpu() for given in (reference_labels, labels))
+    classes, number = torch.cat([known, own]).unique(return_inverse=True)
+    counts = torch.bincount(number[: len(known)], minlength=len(classes)).double() + 1
     ceilings = slack * quota * counts / counts.sum()
-    return (ceilings - _ROUNDING).ceil().to(torch.int64).clamp(min=1)
+    if not len(known):
+        ceilings = torch.full_like(counts, quota)
+    whole = (ceilings - _ROUNDING).ceil().to(torch.int64).clamp(min=1)
+    return dict(zip(classes.tolist(), whole.tolist(), strict=True))
 
 
 class _Choice:
@@ -179,7 +179,7 @@ class _Choice:
         labels: list[int],
         arm_room: list[int],
         arm_floor: list[int],
-        class_room: list[int] | None,
+        class_room: dict[int, int],
         duplicate: list[bool],
         look: list[int],
         resembling: dict[int, list[int]],
@@ -188,7 +188,7 @@ class _Choice:
         self.arms, self.labels = arms, labels
         self.arm_room = arm_room
         self.arm_floor = arm_floor
-        self.class_room = class_room or []
+        self.class_room = class_room
         self.duplicate = duplicate
         self.look = look
         self.resembling = resembling
@@ -232,7 +232,7 @@ class _Choice:
         label = self.labels[position]
         forbids = {
             "arm": self.arm_room[self.arms[position]] <= 0,
-            "class": 0 <= label < len(self.class_room) and self.class_room[label] <= 0,
+            "class": self.class_room.get(label, 1) <= 0,
             "duplicate": self.duplicate[position] or self.look[position] in self.taken_looks,
             "belief": self.disbelieved[position],
         }
@@ -242,7 +242,7 @@ class _Choice:
         self.chosen.append(position)
         self.arm_room[self.arms[position]] -= 1
         self.arm_floor[self.arms[position]] -= 1
-        if 0 <= self.labels[position] < len(self.class_room):
+        if self.labels[position] in self.class_room:
             self.class_room[self.labels[position]] -= 1
         look = self.look[position]
         self.taken_looks.update([look], self.resembling.get(look, []))

@@ -472,7 +472,7 @@ class DVC:
             quota=quota,
             arm_ceiling=ceiling,
             arm_floor=floor,
-            class_ceiling=self._class_ceiling(scores.labels, examined.labels, quota),
+            class_ceiling=class_ceilings(examined.labels, scores.labels, quota, self.class_slack),
             duplicate_of_known=known,
             repeats=among,
             disbelieved=doubted,
@@ -527,12 +527,6 @@ class DVC:
         if self.reward == "acceptance":
             values = torch.zeros_like(values).index_fill(0, chosen, 1.0)
         return mean_by_arm(values, arms, n_arms)
-
-    def _class_ceiling(self, labels: Tensor, reference: Tensor, quota: int) -> Tensor | None:
-        highest = max(torch.cat([labels, reference]).tolist(), default=-1)
-        if highest < 0 or math.isinf(self.class_slack):
-            return None
-        return class_ceilings(reference, highest + 1, quota, self.class_slack)
 
 
 def _learn(bandit: SourceBandit, earned: Tensor) -> None:

@@ -24,7 +24,7 @@ def choose_by_hand(p):
             return False
         label = p.labels[i]
         mates = sum(p.labels[c] == label for c in chosen)
-        if class_rule and 0 <= label < N_CLASSES and mates >= p.class_ceiling[label]:
+        if class_rule and label in p.class_ceiling and mates >= p.class_ceiling[label]:
             return False
         if belief_rule and p.disbelieved[i]:
             return False
@@ -67,7 +67,7 @@ class Problem:
         self.arm_ceiling = draw(st.tuples(*[st.integers(0, 9)] * N_ARMS))
         self.relax = draw(st.booleans())
         self.arm_floor = draw(st.tuples(*[st.integers(0, 3)] * N_ARMS))
-        self.class_ceiling = draw(st.tuples(*[st.integers(0, 5)] * N_CLASSES))
+        self.class_ceiling = dict(enumerate(draw(st.tuples(*[st.integers(0, 5)] * N_CLASSES))))
 
     def run(self):
         return diversify(
@@ -77,7 +77,7 @@ class Problem:
             torch.tensor(self.labels, dtype=torch.int64),
             quota=self.quota,
             arm_ceiling=torch.tensor(self.arm_ceiling),
-            class_ceiling=torch.tensor(self.class_ceiling),
+            class_ceiling=self.class_ceiling,
             duplicate_of_known=torch.tensor(self.known, dtype=torch.bool),
             arm_floor=torch.tensor(self.arm_floor),
             relax=self.relax,
@@ -135,7 +135,7 @@ def test_class_ceiling_gives_way_before_near_duplicates():
     result = choose(
         [0.9, 0.8, 0.7, 0.6],
         labels=torch.tensor([0, 0, 1, 1]),
-        class_ceiling=torch.tensor([1, 1]),
+        class_ceiling={0: 1, 1: 1},
         duplicate_of_known=torch.tensor([True, False, False, False]),
     )
     assert result.positions.tolist() == [1, 2, 3, 0]
@@ -192,22 +192,46 @@ def test_arguments_that_do_not_fit_are_refused():
         choose([0.1, 0.2, 0.3, 0.4], quota=-1)
 
 
-@given(
-    st.lists(st.integers(-1, 4), max_size=40), st.integers(0, 50), st.sampled_from([1.0, 1.5, 3.0])
-)
-def test_class_ceilings_follow_the_label_mix_and_admit_the_quota(labels, quota, slack):
-    ceilings = class_ceilings(torch.tensor(labels, dtype=torch.int64), 5, quota, slack).tolist()
+LABELS = st.lists(st.integers(-1, 4), max_size=40)
+SLACKS = st.sampled_from([1.0, 1.5, 3.0])
+
+
+def ceilings_of(reference, candidates, quota, slack=1.5):
+    both = (torch.tensor(labels, dtype=torch.int64) for labels in (reference, candidates))
+    return class_ceilings(*both, quota, slack)
+
+
+@given(LABELS, LABELS, st.integers(0, 50), SLACKS)
+def test_class_ceilings_follow_the_label_mix_and_admit_the_quota(labels, own, quota, slack):
+    ceilings = ceilings_of(labels, own, quota, slack)
+    assert set(ceilings) == {*labels, *own} - {-1}
     m = sum(label >= 0 for label in labels)
-    assert min(ceilings) >= 1
-    assert sum(ceilings) >= quota
-    for label, ceiling in enumerate(ceilings):
-        exact = slack * quota * (labels.count(label) + 1) / (m + 5) if m else quota
+    for label, ceiling in ceilings.items():
+        share = (labels.count(label) + 1) / (m + len(ceilings))
+        exact = slack * quota * share if m else quota
         assert ceiling == max(1, math.ceil(exact - 1e-9))
+    assert not ceilings or sum(ceilings.values()) >= quota
 
 
-@pytest.mark.parametrize(
-    "bad", [{"n_classes": 2}, {"quota": -1}, {"slack": 0.5}, {"smoothing": 0.0}]
+@given(
+    LABELS,
+    LABELS,
+    st.integers(0, 50),
+    SLACKS,
+    st.lists(st.integers(0, 2**60), min_size=5, max_size=5, unique=True),
 )
-def test_class_ceilings_refuse_what_cannot_be(bad):
-    with pytest.raises(ConfigurationError):
-        class_ceilings(torch.tensor([0, 2]), **{"n_classes": 3, "quota": 5, **bad})
+def test_how_classes_are_numbered_changes_no_ceiling(labels, own, quota, slack, numbers):
+    renamed = dict(enumerate(numbers)) | {-1: -1}
+    found = ceilings_of([renamed[c] for c in labels], [renamed[c] for c in own], quota, slack)
+    expected = ceilings_of(labels, own, quota, slack)
+    assert found == {renamed[label]: ceiling for label, ceiling in expected.items()}
+
+
+@pytest.mark.parametrize(("quota", "slack"), [(-1, 1.5), (5, 0.5), (5, math.nan)])
+def test_class_ceilings_refuse_what_cannot_be(quota, slack):
+    with pytest.raises(ConfigurationError, match="expected quota >= 0 and slack >= 1"):
+        ceilings_of([0, 2], [], quota, slack)
+
+
+def test_an_infinite_slack_sets_no_ceilings():
+    assert ceilings_of([0, 2], [1], 5, math.inf) == {}
