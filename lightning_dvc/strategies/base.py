@@ -96,15 +96,17 @@ class Round:
     def looking_at_reference(self) -> Iterator[None]:
         """What fails inside are reference samples: it is warned of, and the pools keep theirs."""
         n_bad = len(self.probe.bad)
-        yield
-        # Their ids are not those of the pools.
-        if self.probe.bad[n_bad:]:
-            first = self.probe.bad[n_bad]
-            warnings.warn(
-                f"some reference samples cannot be used and are left out, for example number "
-                f"{first.id}: {first.reason}",
-                stacklevel=4,
-            )
+        try:
+            yield
+            if self.probe.bad[n_bad:]:
+                first = self.probe.bad[n_bad]
+                warnings.warn(
+                    f"some reference samples cannot be used and are left out, for example number "
+                    f"{first.id}: {first.reason}",
+                    stacklevel=4,
+                )
+        finally:
+            # Their ids are not those of the pools.
             del self.probe.bad[n_bad:]
 
     def arm_counts(self, removed: Tensor | None = None) -> Tensor:

@@ -65,12 +65,14 @@ def test_a_model_that_has_diverged_is_an_error_also_for_few_candidates(baseline)
         run.round()
 
 
+@pytest.mark.parametrize("oversample", [4.0, 1.0])  # more candidates than a batch, and fewer
 @pytest.mark.parametrize("baseline", [GradientMatching, DataShapley, Influence, MetaLearning])
-def test_a_reference_all_of_which_is_broken_is_an_error_that_says_why(baseline):
-    run = Run(baseline(), {"good": good()})
-    run.reference = Faulty(dict.fromkeys(range(40), "raises"))
-    with pytest.raises(CaptureError, match=r"none of 40 samples could .*page \d+ is torn"):
+def test_a_reference_all_of_which_is_broken_is_an_error_that_says_why(baseline, oversample):
+    run = Run(baseline(), {"good": good()}, oversample=oversample)
+    run.reference = Faulty(dict.fromkeys(range(200), "raises"), n=200)
+    with pytest.raises(CaptureError, match=r"none of 200 samples could .*page \d+ is torn"):
         run.round()
+    assert run.probe.bad == []  # no sample of the pools is to blame
 
 
 @every
