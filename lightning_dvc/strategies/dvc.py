@@ -93,8 +93,9 @@ class DVC:
         reservoir_size: Selected samples that stand for the selection, drawn afresh each round, at
             least 1: as the reference where there is no other, beside it where it is blended, and
             for diversity (with the exact density at most 256 of them).
-        review_size: Selected samples looked at each round in which some may be taken back, to see
-            whether the model still believes their labels, at least 1.
+        review_size: Selected samples looked at in each round, at least 1, to see whether the model
+            still believes their labels: from the first one on, but not where nothing may be taken
+            back in this round or a later one.
         stability_window: Earlier model states kept for the stability metric and the review, at
             least 0; each costs a copy of the trainable parameters and another forward pass of
             every candidate, but only where stability has a weight.
@@ -238,8 +239,7 @@ class DVC:
             if earned is not None:
                 _learn(bandit, earned)
         with this.watch.section("examine"):
-            reviews = self.take_back > 0 and not self._keeps_all(this)
-            examined = self._observer.examine(this, reviews)
+            examined = self._observer.examine(this, reviews=self._takes_back(this))
             # Decisions are the first process's: elsewhere samples may be augmented otherwise.
             removed = this.group.first(self._disowned(this, examined), this.probe.device)
             if self.layer_weights.learns:
@@ -343,13 +343,17 @@ class DVC:
         # Of the first process, since an answer may depend on the clock.
         return this.group.first(self.weights.ask(this.progress), this.probe.device)
 
-    def _keeps_all(self, this: Round) -> bool:
-        """Whether this is the end, at which what is taken back could not be replaced."""
-        return this.is_last and not self.refines
+    def _takes_back(self, this: Round) -> bool:
+        """Whether selected samples may be taken back, now or by what is seen of them now.
+
+        Not at the end, where they could not be replaced.
+        """
+        wanted = self.take_back > 0 and self.disown_rate > 0
+        return wanted and (self.refines or not this.is_last)
 
     def _disowned(self, this: Round, examined: Examined) -> Tensor:
         """Selected samples that recent model states have come to disbelieve."""
-        if this.number < _TAKE_BACK_FROM or self._keeps_all(this):
+        if this.number < _TAKE_BACK_FROM or not self._takes_back(this):
             return torch.empty(0, dtype=torch.int64)
         # Not more than can be replaced, beside what is still to be added.
         missing = this.budget - len(this.selected)

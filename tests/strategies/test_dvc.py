@@ -306,6 +306,7 @@ def chosen_late(rate, n_wrong, budget):
         ({}, [True] * (ROUNDS - 1) + [False]),
         ({"refine": True}, [True] * ROUNDS),
         ({"take_back": 0.0}, [False] * ROUNDS),
+        ({"disown_rate": 0.0}, [False] * ROUNDS),
     ],
 )
 def test_the_selection_is_reviewed_where_some_may_be_taken_back(monkeypatch, settings, expected):
