@@ -67,6 +67,11 @@ class NearDuplicates:
         """Number of samples held."""
         return len(self._ids)
 
+    @property
+    def ids(self) -> Tensor:
+        """``(n,)`` int64 ids held."""
+        return self._ids
+
     def codes(self, vectors: Tensor) -> Tensor:
         """Hash ``(n, d)`` vectors, ``(n, 16)`` int64 on the CPU."""
         if self._centre is None:

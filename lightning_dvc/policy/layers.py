@@ -92,6 +92,11 @@ class LayerWeights:
         self._ids = torch.cat([self._ids, ids])
         self._values = values if not len(self._values) else torch.cat([self._values, values])
 
+    def keep(self, ids: Tensor) -> None:
+        """Forget all but ``(n,)`` ids: the others were neither taken back nor kept."""
+        kept = torch.isin(self._ids, ids)
+        self._ids, self._values = self._ids[kept], self._values[kept]
+
     def judge(self, removed: Tensor) -> None:
         """Learn from what a round takes back, and forget it.
 

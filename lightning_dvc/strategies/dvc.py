@@ -243,6 +243,7 @@ class DVC:
             # Decisions are the first process's: elsewhere samples may be augmented otherwise.
             removed = this.group.first(self._disowned(this, examined), this.probe.device)
             if self.layer_weights.learns:
+                self.layer_weights.keep(this.selected)
                 self.layer_weights.judge(removed)
             quota = this.quota(len(removed))
             weights = trusted(weights, examined.held_out)

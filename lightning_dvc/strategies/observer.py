@@ -242,6 +242,11 @@ class Observer:
         if self._saved is not None:
             self._restore(self._saved)
             self._saved = None
+        history, _, near = self._parts
+        # Such as were set aside since they were selected.
+        gone = near.ids[~torch.isin(near.ids, this.selected)]
+        history.forget(gone)
+        near.forget(gone)
         return self._parts
 
     def _restore(self, state: Mapping[str, Any]) -> None:

@@ -52,6 +52,14 @@ def test_evidence_adds_up_over_rounds_and_what_is_taken_back_is_forgotten():
     torch.testing.assert_close(weights.alpha(2), expected / expected.sum())
 
 
+def test_samples_that_are_not_kept_teach_nothing():
+    weights = LayerWeights("learned")
+    weights.note(torch.arange(3), torch.tensor([[0.9, 0.1], [0.1, 0.9], [0.5, 0.6]]))
+    weights.keep(torch.tensor([0, 2, 8]))
+    weights.judge(torch.tensor([2]))
+    torch.testing.assert_close(weights.alpha(2), by_hand([[0.9, 0.1]], [[0.5, 0.6]], 2))
+
+
 def test_samples_never_noted_teach_nothing():
     weights = LayerWeights("learned")
     weights.judge(torch.tensor([3]))

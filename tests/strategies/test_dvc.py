@@ -10,7 +10,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from lightning_dvc import DVC, BayesianWeights, FixedWeights, Random, Source
 from lightning_dvc.errors import ConfigurationError
-from lightning_dvc.pools import SELECTED
+from lightning_dvc.pools import SELECTED, SET_ASIDE
 from lightning_dvc.records import METRICS
 from lightning_dvc.strategies.observer import Observer
 
@@ -616,6 +616,23 @@ def test_what_compares_with_the_reference_counts_as_much_as_it_is_held_out(metri
 def test_what_compares_with_the_reference_counts_alone_also_without_one(metric):
     choice = Run(DVC(FixedWeights({metric: 1})), reference=False).round()
     assert choice.weights.tolist() == [float(name == metric) for name in METRICS]
+
+
+def test_a_sample_that_was_set_aside_once_selected_is_forgotten():
+    """Others that look like it may then be chosen, and it is none that was kept."""
+    strategy = DVC(layer_weights="learned", take_back=0.0)
+    run = Run(strategy, {"good": good(), "repeated": repeated(distinct=4)})
+    aside = run.round().add[:3]
+    held = strategy.state_dict()
+    assert torch.isin(aside, held["layer_weights"]["ids"]).all()
+    run.pools.mark(aside, SET_ASIDE)
+    run.selected = run.selected[~torch.isin(run.selected, aside)]
+    run.round()
+    state = strategy.state_dict()
+    history, _, codes = state["observer"]["parts"]
+    for ids in (state["layer_weights"]["ids"], history["ids"], codes["ids"]):
+        assert torch.isin(ids, run.selected).all()
+        assert len(ids) >= len(run.selected) - 4  # of the warm-up no layer's values are known
 
 
 def test_learnt_layer_weights_change_with_what_is_taken_back():
