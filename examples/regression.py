@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import LightningModule, seed_everything
 from sklearn.datasets import load_diabetes
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
 
-from examples.compare import quiet
+from examples.compare import quiet, quiet_trainer
 from lightning_dvc import DVCCallback, DVCDataModule
 
 N_TEST, N_VAL, BUDGET, STEPS = 100, 60, 100, 600
@@ -68,22 +68,10 @@ def load(seed: int) -> tuple[dict[str, TensorDataset], TensorDataset, TensorData
     return sources, TensorDataset(x[val], y[val]), TensorDataset(x[test], y[test])
 
 
-def trainer(**settings: Any) -> Trainer:
-    """A trainer that prints nothing."""
-    return Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **settings,
-    )
-
-
 def test_error(data: DVCDataModule | Dataset[Any], test: TensorDataset, seed: int) -> float:
     """Mean squared error on the test set after training from scratch."""
     seed_everything(seed, verbose=False)
-    model, run = Regressor(), trainer(max_steps=STEPS)
+    model, run = Regressor(), quiet_trainer(max_steps=STEPS)
     loader = data if isinstance(data, DVCDataModule) else DataLoader(data, 16, shuffle=True)
     run.fit(model, loader)
     (found,) = run.test(model, DataLoader(test, batch_size=100), verbose=False)
@@ -99,7 +87,7 @@ def main() -> None:
         datamodule = DVCDataModule(sources, val, budget=BUDGET, batch_size=16, seed=seed)
         seed_everything(seed, verbose=False)
         callback = DVCCallback(monitor="val_mse", mode="min")
-        trainer(max_epochs=40, callbacks=[callback]).fit(Regressor(), datamodule)
+        quiet_trainer(max_epochs=40, callbacks=[callback]).fit(Regressor(), datamodule)
         shares.append(datamodule.selection.shares(sources))
         again = DVCDataModule.from_selection(
             datamodule.selection, sources, batch_size=16, seed=seed
