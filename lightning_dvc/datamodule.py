@@ -442,8 +442,7 @@ class DVCDataModule(LightningDataModule):
                 )
         share = max(self.warmup, least / self.budget)
         counts = warm_up_counts(self.budget, share, pools.stock, shares)
-        drawn = [pools.draw(arm, n, "warm-up") for arm, n in enumerate(counts.tolist())]
-        return torch.cat(drawn)
+        return pools.draw_each(counts, "warm-up")
 
     @override
     def train_dataloader(self) -> DataLoader[Any]:

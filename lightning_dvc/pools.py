@@ -267,6 +267,20 @@ class Pools:
             chosen = _draw_by_rejection(status, count, generator)
         return torch.from_numpy(np.sort(chosen).astype(np.int64) + start)
 
+    def draw_each(self, counts: Tensor, purpose: str, *numbers: int) -> Tensor:
+        """Draw free samples of every source, see :meth:`draw`.
+
+        Args:
+            counts: ``(K,)`` how many of each.
+            purpose: Names the random streams.
+            numbers: Further words of the streams.
+
+        Returns:
+            ``(n,)`` global ids, ascending.
+        """
+        each = enumerate(counts.tolist())
+        return torch.cat([self.draw(arm, count, purpose, *numbers) for arm, count in each])
+
     def mark(self, ids: Tensor, status: int) -> None:
         """Change the state of samples.
 

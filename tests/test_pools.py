@@ -175,6 +175,14 @@ def test_arms_draw_independently():
     assert torch.equal(pools.draw(1, 100, "test", 0), second)
 
 
+def test_a_draw_of_each_arm_is_that_of_every_arm_by_itself():
+    pools = pools_of(100, 30, 50)
+    expected = [*pools.draw(0, 7, "test", 4), *pools.draw(2, 60, "test", 4)]
+    drawn = pools.draw_each(torch.tensor([7, 0, 60]), "test", 4)
+    assert drawn.tolist() == [int(i) for i in expected]
+    assert len(drawn) == 7 + 50
+
+
 def test_a_draw_changes_nothing():
     pools = pools_of(100, 100)
     generators = np.random.get_state()[1].copy(), torch.get_rng_state(), random.getstate()  # noqa: NPY002 - the stream guarded

@@ -109,21 +109,17 @@ class Round:
             # Their ids are not those of the pools.
             del self.probe.bad[n_bad:]
 
-    def arm_counts(self, removed: Tensor | None = None) -> Tensor:
-        """``(K,)`` samples selected from each source, without those that this round takes back."""
-        kept = self.selected
-        if removed is not None:
-            kept = kept[~torch.isin(kept, removed)]
-        return torch.bincount(self.pools.arms_of(kept), minlength=len(self.pools.names))
-
-    def arm_bounds(self, removed: Tensor, quota: int) -> tuple[Tensor, Tensor]:
+    def arm_bounds(self, quota: int, removed: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The least and the most to add from each source so that its share is kept, each ``(K,)``.
 
         Args:
-            removed: ids that this round takes back.
-            quota: Samples that it adds.
+            quota: Samples that this round adds.
+            removed: ids that it takes back, if any.
         """
-        counts = self.arm_counts(removed)
+        kept = self.selected
+        if removed is not None:
+            kept = kept[~torch.isin(kept, removed)]
+        counts = torch.bincount(self.pools.arms_of(kept), minlength=len(self.pools.names))
         shares = [(s.min_share, s.max_share) for s in self.pools.sources.values()]
         return arm_bounds(counts, int(counts.sum()) + quota, shares)
 

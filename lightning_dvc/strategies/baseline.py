@@ -48,8 +48,8 @@ class Baseline(Stateless, ABC):
 
     def choose(self, this: Round) -> Choice:
         """Take the most valuable of the candidates."""
-        quota, none = this.quota(), torch.empty(0, dtype=torch.int64)
-        lower, upper = this.arm_bounds(none, quota)
+        quota = this.quota()
+        lower, upper = this.arm_bounds(quota)
         with this.watch.section("draw"):
             candidates = _draw(this, quota, lower, upper)
         with this.watch.section("score"):
@@ -101,11 +101,8 @@ def _draw(this: Round, quota: int, lower: Tensor, upper: Tensor) -> Tensor:
     wanted = min(math.ceil(this.oversample * quota), int(stock.sum()))
     # Candidates beyond what a source may add would be missing elsewhere.
     counts = divide(wanted, stock.double(), stock, *this.candidate_bounds(lower, upper))
-    drawn = [
-        this.pools.draw(arm, count, "candidates", this.number)
-        for arm, count in enumerate(counts.tolist())
-    ]
-    return this.group.first(torch.cat(drawn), this.probe.device)
+    drawn = this.pools.draw_each(counts, "candidates", this.number)
+    return this.group.first(drawn, this.probe.device)
 
 
 def look(
@@ -214,7 +211,7 @@ def blocks(labels: Tensor, quota: int, largest: int) -> Iterator[tuple[Tensor, i
 
     Yields:
         Positions of a block's candidates and how many of them to choose, in proportion to their
-        number; at least the quota together, where there are as many.
+        number; together the quota, or all where there are fewer.
     """
     members = []
     for label in labels.unique().tolist():

@@ -358,7 +358,7 @@ class DVC:
             return torch.empty(0, dtype=torch.int64)
         # Not more than can be replaced, beside what is still to be added.
         missing = this.budget - len(this.selected)
-        _, room = this.arm_bounds(torch.empty(0, dtype=torch.int64), missing)
+        _, room = this.arm_bounds(missing)
         spare = int(torch.minimum(this.pools.stock, room).sum()) - missing
         most = min(int(self.take_back * len(this.selected)), max(spare, 0))
         confidence, arms = examined.selected_confidence, this.pools.arms_of(this.selected)
@@ -374,15 +374,11 @@ class DVC:
     def _draw(self, this: Round, bandit: SourceBandit, quota: int, removed: Tensor) -> Tensor:
         """Candidates ``(n,)``, ascending, divided over the sources as the bandit says."""
         wanted = min(math.ceil(this.oversample * quota), int(this.pools.stock.sum()))
-        floor, ceiling = this.arm_bounds(removed, quota)
+        floor, ceiling = this.arm_bounds(quota, removed)
         # Candidates beyond what a source may add would be missing elsewhere.
         floor, ceiling = this.candidate_bounds(floor, ceiling)
         counts = bandit.allocate(wanted, this.pools.stock, floor, ceiling)
-        drawn = [
-            this.pools.draw(arm, count, "candidates", this.number)
-            for arm, count in enumerate(counts.tolist())
-        ]
-        return torch.cat(drawn)
+        return this.pools.draw_each(counts, "candidates", this.number)
 
     def _usable(self, this: Round, scores: Scores, values: Tensor, examined: Examined) -> Tensor:
         """``(K,)`` candidates of each source that neither repeat others nor are disbelieved."""
@@ -420,7 +416,7 @@ class DVC:
         """
         drawn = torch.bincount(this.pools.arms_of(candidates), minlength=len(usable))
         unseen = this.pools.stock - drawn
-        least, most = this.arm_bounds(removed, quota)
+        least, most = this.arm_bounds(quota, removed)
         have = torch.minimum(usable, most)
         short = (least - have).clamp(min=0)
         if int(have.sum()) >= quota and not bool(short.any()):
@@ -467,7 +463,7 @@ class DVC:
         removed: Tensor,
     ) -> tuple[Choice, Tensor]:
         """The best candidates under the diversification rules, and their positions."""
-        floor, ceiling = this.arm_bounds(removed, quota)
+        floor, ceiling = this.arm_bounds(quota, removed)
         known, among = self._observer.duplicates(scores.codes)
         found = diversify(
             values,
