@@ -28,8 +28,8 @@ class SampleHistory:
     Example:
         >>> history = SampleHistory(window=3, capacity=100)
         >>> ids = torch.tensor([5, 9])
-        >>> history.record(ids, torch.tensor([1.0, 2.0]), state=0)
-        >>> history.record(ids[:1], torch.tensor([0.5]), state=1)
+        >>> history.record(ids, torch.tensor([[1.0], [2.0]]), state=0)
+        >>> history.record(ids[:1], torch.tensor([[0.5]]), state=1)
         >>> history.recent(ids, state=1)
         tensor([[0.5000, 1.0000,    nan],
                 [   nan, 2.0000,    nan]])
@@ -56,15 +56,14 @@ class SampleHistory:
 
         Args:
             ids: ``(n,)`` int64 sample ids; of several rows for one id the last counts.
-            values: ``(n,)`` values under ``state``, or ``(n, c)`` with ``c <= window`` columns for
-                the states ``state, state - 1, ..., state - c + 1``; NaN where unknown.
+            values: ``(n, c)`` with ``c <= window`` columns for the states ``state, state - 1, ...,
+                state - c + 1``; NaN where unknown.
             state: Number of the newest of these states, never less than in an earlier call.
 
         Raises:
             ConfigurationError: If the shapes disagree or a state is out of order or below 0.
         """
         values = values.detach().to("cpu", torch.float32)
-        values = values[:, None] if values.dim() == 1 else values
         self._check(ids, values, state)
         self._latest = state
         last = last_occurrences(ids)
@@ -130,8 +129,8 @@ class SampleHistory:
         columns = values.shape[1] if values.dim() == 2 else 0
         if not 1 <= columns <= self.window or len(values) != len(ids):
             raise ConfigurationError(
-                f"values must be ({len(ids)},) or ({len(ids)}, c) with 1 <= c <= {self.window}, "
-                f"but got {tuple(values.shape)}; pass one row for each id"
+                f"values must be ({len(ids)}, c) with 1 <= c <= {self.window}, but got "
+                f"{tuple(values.shape)}; pass one row for each id"
             )
         if state < self._latest or columns > state + 1:
             raise ConfigurationError(

@@ -19,7 +19,7 @@ from lightning_dvc.randomness import torch_stream
 
 _ROWS: Final = 2048  # vectors hashed together: their signs, 8 bytes each, stay in the cache
 # Gathered pairs are read several times in a row. On one CPU core (1,000 queries, 1,000 points,
-# 256 dimensions) chunks that stay in its cache took half the time of those of the size above.
+# 256 dimensions) chunks that stay in its cache took half the time of those of 2**22 numbers.
 _PAIR_CHUNK: Final = 2**18
 
 
@@ -71,7 +71,7 @@ class RandomHyperplanes:
 
 
 def near_duplicate_pairs(
-    codes: Tensor, known: Tensor, bits: int, max_angle: float, most_pairs: int | None = None
+    codes: Tensor, known: Tensor, bits: int, max_angle: float, most_pairs: int
 ) -> Tensor:
     """Find pairs of vectors that point almost the same way.
 
@@ -89,7 +89,7 @@ def near_duplicate_pairs(
         known: ``(m, tables)`` codes of others, also with ``m = 0``.
         bits: Bits in a code of the hyperplanes.
         max_angle: Largest angle of a near-duplicate, radians in ``[0, pi]``.
-        most_pairs: How many pairs are not too many; any number when not given.
+        most_pairs: How many pairs are not too many.
 
     Returns:
         ``(p, 2)`` int64 positions in ``codes`` and in ``known``, each pair once, sorted.
@@ -99,7 +99,7 @@ def near_duplicate_pairs(
 
     Example:
         >>> codes, known = torch.tensor([[0b11, 0b01], [0b00, 0b00]]), torch.tensor([[0b11, 0b00]])
-        >>> near_duplicate_pairs(codes, known, bits=2, max_angle=0.8)
+        >>> near_duplicate_pairs(codes, known, bits=2, max_angle=0.8, most_pairs=9)
         tensor([[0, 0]])
     """
     if not 0 <= max_angle <= math.pi:
@@ -108,7 +108,7 @@ def near_duplicate_pairs(
     limit = math.floor(max_angle / math.pi * codes.shape[1] * bits + 1e-9)
     for more_bits in (0, min((bits + 1) // 2, 64 - bits), min(bits, 64 - bits)):
         buckets = _Buckets(*(_lengthened(x, bits, more_bits) for x in (codes, known)))
-        if most_pairs is None or buckets.pairs <= most_pairs:
+        if buckets.pairs <= most_pairs:
             break
     words, known_words = _packed(codes, bits), _packed(known, bits)
     found = [torch.empty(0, 2, dtype=torch.int64, device=codes.device)]

@@ -83,7 +83,7 @@ def test_behaves_like_a_dictionary_also_across_a_reload(window, capacity, steps)
 
 def test_state_round_trip_is_exact():
     history = SampleHistory(window=3, capacity=4)
-    history.record(torch.arange(6), torch.rand(6, generator=torch.Generator()), state=2)
+    history.record(torch.arange(6), torch.rand(6, 1, generator=torch.Generator()), state=2)
     history.record(tensor([3]), torch.tensor([[1.0, 2.0]]), state=4)
     state = saved_and_loaded(history.state_dict())
     again = SampleHistory(window=3, capacity=4)
@@ -91,20 +91,20 @@ def test_state_round_trip_is_exact():
     for name, value in again.state_dict().items():
         torch.testing.assert_close(value, state[name], rtol=0, atol=0, equal_nan=True)
     with pytest.raises(ConfigurationError, match="after state 4"):
-        again.record(tensor([3]), torch.ones(1), state=3)
+        again.record(tensor([3]), torch.ones(1, 1), state=3)
 
 
 def test_the_same_state_again_overwrites_and_the_last_of_two_rows_counts():
     history = SampleHistory(window=2, capacity=4)
-    history.record(tensor([7]), torch.tensor([1.0]), state=0)
-    history.record(tensor([7, 7]), torch.tensor([2.0, 3.0]), state=0)
+    history.record(tensor([7]), torch.tensor([[1.0]]), state=0)
+    history.record(tensor([7, 7]), torch.tensor([[2.0], [3.0]]), state=0)
     assert history.recent(tensor([7, 7]), state=0)[:, 0].tolist() == [3.0, 3.0]
 
 
 def test_a_reused_row_shows_nothing_of_its_former_sample():
     history = SampleHistory(window=2, capacity=1)
-    history.record(tensor([1]), torch.tensor([1.0]), state=0)
-    history.record(tensor([2]), torch.tensor([2.0]), state=1)
+    history.record(tensor([1]), torch.tensor([[1.0]]), state=0)
+    history.record(tensor([2]), torch.tensor([[2.0]]), state=1)
     recent = history.recent(tensor([2, 1]), state=1)
     assert recent[0, 0] == 2
     assert recent[0, 1].isnan()
@@ -113,7 +113,7 @@ def test_a_reused_row_shows_nothing_of_its_former_sample():
 
 def test_more_samples_than_capacity_keep_the_last():
     history = SampleHistory(window=1, capacity=2)
-    history.record(torch.arange(4), torch.arange(4.0), state=0)
+    history.record(torch.arange(4), torch.arange(4.0)[:, None], state=0)
     assert history.recent(torch.arange(4), 0).flatten().isnan().tolist() == [
         True,
         True,
@@ -124,15 +124,15 @@ def test_more_samples_than_capacity_keep_the_last():
 
 def test_a_smaller_capacity_loads_the_samples_recorded_last():
     history = SampleHistory(window=1, capacity=4)
-    history.record(torch.arange(4), torch.arange(4.0), state=0)
-    history.record(tensor([0]), torch.tensor([9.0]), state=0)
+    history.record(torch.arange(4), torch.arange(4.0)[:, None], state=0)
+    history.record(tensor([0]), torch.tensor([[9.0]]), state=0)
     small = SampleHistory(window=1, capacity=2)
     small.load_state_dict(history.state_dict())
     assert small.recent(tensor([0, 3]), 0).flatten().tolist() == [9.0, 3.0]
     assert len(small) == 2
 
 
-@pytest.mark.parametrize("shape", [(), (3,), (2, 0), (2, 4), (2, 1, 1)])
+@pytest.mark.parametrize("shape", [(), (2,), (3, 1), (2, 0), (2, 4), (2, 1, 1)])
 def test_refuses_values_of_another_shape(shape):
     with pytest.raises(ConfigurationError, match="one row for each id"):
         SampleHistory(window=3, capacity=4).record(tensor([0, 1]), torch.ones(shape), state=5)
@@ -142,9 +142,9 @@ def test_refuses_states_before_the_first_or_out_of_order():
     history = SampleHistory(window=3, capacity=4)
     with pytest.raises(ConfigurationError, match="2 columns ending at state 0"):
         history.record(tensor([0]), torch.ones(1, 2), state=0)
-    history.record(tensor([0]), torch.ones(1), state=5)
+    history.record(tensor([0]), torch.ones(1, 1), state=5)
     with pytest.raises(ConfigurationError, match="after state 5"):
-        history.record(tensor([0]), torch.ones(1), state=4)
+        history.record(tensor([0]), torch.ones(1, 1), state=4)
 
 
 @pytest.mark.parametrize(("window", "capacity"), [(0, 1), (1, 0)])

@@ -96,7 +96,7 @@ def shared(a, b, more, bits=3):
 
 
 @settings(max_examples=300)
-@given(st.data(), st.integers(0, 8), st.integers(1, 7), st.none() | st.integers(0, 12))
+@given(st.data(), st.integers(0, 8), st.integers(1, 7), st.integers(0, 12) | st.just(10**9))
 def test_near_duplicate_pairs_are_those_that_share_a_bucket_and_differ_little(
     data, limit, chunk, most_pairs
 ):
@@ -107,7 +107,7 @@ def test_near_duplicate_pairs_are_those_that_share_a_bucket_and_differ_little(
         codes = [torch.tensor(rows, dtype=torch.int64).reshape(-1, 3) for rows in (a, b)]
         found = near_duplicate_pairs(*codes, 3, math.pi * limit / 9, most_pairs)
     levels = (0, 2, 3)
-    few = [more for more in levels if most_pairs is None or len(shared(a, b, more)) <= most_pairs]
+    few = [more for more in levels if len(shared(a, b, more)) <= most_pairs]
     mates = set(shared(a, b, min(few, default=3)))
     expected = [
         [i, j]
@@ -146,7 +146,7 @@ def test_near_duplicates_are_found_and_others_are_not():
     copies = known[:10] + 0.01 * normal(10, 16, seed=1)
     planes = RandomHyperplanes(16, tables=16, bits=16, seed=0)
     codes = planes.codes(torch.cat([copies, normal(10, 16, seed=2)]))
-    for most_pairs in (None, 0):
+    for most_pairs in (10**9, 0):
         found = near_duplicate_pairs(codes, planes.codes(known), 16, 0.1, most_pairs)
         assert found.tolist() == [[i, i] for i in range(10)]
 
@@ -154,7 +154,7 @@ def test_near_duplicates_are_found_and_others_are_not():
 @pytest.mark.parametrize("angle", [-0.1, 3.2, float("nan")])
 def test_near_duplicates_refuse_an_angle_out_of_range(angle):
     with pytest.raises(ConfigurationError, match="radians"):
-        near_duplicate_pairs(codes_of([[1]], 1), codes_of([[1]], 1), 8, angle)
+        near_duplicate_pairs(codes_of([[1]], 1), codes_of([[1]], 1), 8, angle, 9)
 
 
 def slow_around(codes, wanted, most):
