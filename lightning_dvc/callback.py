@@ -552,7 +552,7 @@ class DVCCallback(Callback):
         counts = datamodule.arm_counts()
         figures = {
             "round": self.rounds_done,
-            "selected": max(int(counts.sum()), 1),
+            "selected": int(counts.sum()),
             "set_aside": datamodule.n_set_aside,
             "selection_seconds": self.watch.total,
             **self._time_figures,

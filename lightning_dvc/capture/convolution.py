@@ -13,6 +13,7 @@ from lightning_dvc.capture.gradients import (
     LayerGradients,
     Materialised,
     OuterProducts,
+    on_device,
     suitable_part,
 )
 from lightning_dvc.errors import CaptureError
@@ -138,8 +139,7 @@ class Convolved(LayerGradients):
 
     @override
     def rows(self, index: Tensor | slice) -> "Convolved":
-        if isinstance(index, Tensor):
-            index = index.to(self._deltas[0].device)
+        index = on_device(index, self._deltas[0])
         inputs, deltas = ([x[index] for x in xs] for xs in (self._inputs, self._deltas))
         return Convolved(self._layer, inputs, deltas)
 

@@ -13,8 +13,8 @@ cache, and lets them go: forming costs as much as one product with a full gradie
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from typing import Final
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Final, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -98,7 +98,7 @@ class LayerGradients(ABC):
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """What the gradients are made of, each ``(n, ...)``, for a cache; see :func:`restore`."""
+        """What the gradients are made of, each ``(n, ...)``, for a cache; see :meth:`restored`."""
 
     def restored(self, tensors: dict[str, Tensor]) -> "LayerGradients":
         """Rebuild, for this layer, what :meth:`tensors` took apart."""
@@ -132,11 +132,7 @@ class LayerGradients(ABC):
         Returns:
             ``(n, m)``.
         """
-        columns = [
-            torch.cat([_block(mine, theirs) for _, mine in self.parts(_GRAM_PART)])
-            for _, theirs in other.parts(_GRAM_PART)
-        ]
-        return torch.cat(columns, dim=1)
+        return gram_of_parts(self.parts, other.parts)
 
     def sum(self) -> Tensor:
         """The sum of all ``n`` gradients, a full gradient."""
@@ -381,11 +377,14 @@ def _block(mine: LayerGradients, theirs: LayerGradients) -> Tensor:
     return mine.formed().gradients.flatten(1) @ theirs.formed().gradients.flatten(1).T
 
 
-def formed_gram(mine: LayerGradients, theirs: LayerGradients) -> Tensor:
-    """Inner products of ``n`` and ``m`` gradients that are formed, part by part, ``(n, m)``."""
+_Split: TypeAlias = Callable[[int], Iterable[tuple[slice | Tensor, LayerGradients]]]
+
+
+def gram_of_parts(mine: _Split, theirs: _Split) -> Tensor:
+    """Inner products ``(n, m)`` of two sets of gradients, by ways to split them into parts."""
     columns = [
-        torch.cat([_block(a, b) for _, a in LayerGradients.parts(mine, _GRAM_PART)])
-        for _, b in LayerGradients.parts(theirs, _GRAM_PART)
+        torch.cat([_block(one, other) for _, one in mine(_GRAM_PART)])
+        for _, other in theirs(_GRAM_PART)
     ]
     return torch.cat(columns, dim=1)
 

@@ -156,16 +156,13 @@ def _normalised(layer: Any, x: Tensor) -> Tensor:
     return F.batch_norm(x, mean, variance, training=False, eps=layer.eps)
 
 
-_MATRICES: Final[dict[type[nn.Module], LayerKind]] = {
-    nn.Linear: _LinearKind(),
-    **dict.fromkeys(CONVOLUTIONS, _ConvolutionKind()),
-    nn.Embedding: _EmbeddingKind(),
-}
 NORMS: Final = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _BatchNorm)
 """Layers that are captured by name only: as many as the others, with a hundredth of the weights."""
 
 _KINDS: Final[dict[type[nn.Module], LayerKind]] = {
-    **_MATRICES,
+    nn.Linear: _LinearKind(),
+    **dict.fromkeys(CONVOLUTIONS, _ConvolutionKind()),
+    nn.Embedding: _EmbeddingKind(),
     **dict.fromkeys(NORMS, _NormKind()),
 }
 

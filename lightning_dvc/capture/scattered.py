@@ -1,6 +1,7 @@
 """Per-sample gradients of embeddings: a few rows of a large table each."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from lightning_dvc.capture.gradients import (
     Materialised,
     OuterProducts,
     Positional,
-    formed_gram,
+    gram_of_parts,
     on_device,
     suitable_part,
     whole,
@@ -113,7 +114,8 @@ class Scattered(Positional):
         mine, theirs = place.split([self.tokens.numel(), other.tokens.numel()])
         left = Scattered(mine.view_as(self.tokens), self.deltas, len(known))
         right = Scattered(theirs.view_as(other.tokens), other.deltas, len(known))
-        return formed_gram(left, right)
+        formed = [partial(LayerGradients.parts, gradients) for gradients in (left, right)]
+        return gram_of_parts(*formed)
 
     @override
     def tensors(self) -> dict[str, Tensor]:
