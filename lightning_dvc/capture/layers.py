@@ -319,7 +319,7 @@ class LayerCapture:
         return found
 
     def fingerprints(self, n: int) -> Tensor:
-        """What the first captured layer receives, pooled to a bounded size, ``(n, d)``.
+        """What the first captured layer receives, pooled to few positions, ``(n, d)``.
 
         Images are averaged to at most 8 positions along each axis, sequences to 8. Of tokens it is
         the mean of fixed random vectors, one for each token, padding left out.

@@ -123,7 +123,9 @@ class DVC:
         density: How the diversity metric estimates densities: ``"exact"``, or ``"lsh"``, which pays
             off for reservoirs of very many samples.
         cache_bytes: Memory for what was captured of candidates, in case they are drawn again, at
-            least 0; above 0, a copy of the trainable parameters is kept too.
+            least 0; above 0, a copy of the trainable parameters is kept too. Each of several
+            processes keeps its own, and a checkpoint holds the first one's: after resuming, the
+            others pass again through the model what only they had kept.
         cache_dtype: Floating type in which that is stored, as it came when not given.
         drift_tolerance: How far the parameters of a captured layer, or of all else together, may
             move, relative to their norm, before what was captured under them counts as outdated;
