@@ -171,6 +171,7 @@ def _from_selection(problem: Problem, method: Method, seed: int) -> dict[str, An
         "selected": len(ids),
         "ever_selected": datamodule.selection.n_ever_selected,
         "selected_clean": float(problem.is_clean[ids].float().mean()),
+        # As planned; of a run limited by epochs, rounds that add less than they may take some off.
         "run_steps": steps,
         "rounds": datamodule.rounds,
         "warmup": datamodule.warmup,

@@ -157,6 +157,9 @@ class BayesianWeights:
     def save(self, path: str | Path) -> None:
         """Write the observations of this run, and of those it started from, to a JSON file.
 
+        A round is observed once the next one begins, since of several scores in between the last
+        counts; so the last round of a run is not among them.
+
         Args:
             path: To pass as ``warm_start`` to another run; an existing file is replaced.
 
