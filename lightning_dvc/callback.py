@@ -21,7 +21,7 @@ from lightning_dvc.capture.sharding import unsharded
 from lightning_dvc.capture.trial import Trial, try_out
 from lightning_dvc.datamodule import DVCDataModule
 from lightning_dvc.distributed import Group
-from lightning_dvc.errors import ConfigurationError, StateError, check_settings
+from lightning_dvc.errors import ConfigurationError, ObjectiveError, StateError, check_settings
 from lightning_dvc.policy.plan import Plan, plan_rounds
 from lightning_dvc.randomness import torch_stream
 from lightning_dvc.records import BadSample, Choice
@@ -30,6 +30,8 @@ from lightning_dvc.strategies.dvc import DVC
 from lightning_dvc.timing import Stopwatch
 
 _TRIAL_SIZE: Final = 32
+# Of a sample or two, anything can be dealt out, and seems to be theirs.
+_FEWEST_TRIED: Final = 8
 _LARGEST_BATCH: Final = 512
 # Alone on an accelerator, where the number of calls is what costs. Several processes would have too
 # few batches to divide, and worker processes hold several batches each.
@@ -206,7 +208,7 @@ class DVCCallback(Callback):
         most = largest if adapts else int(self.score_batch_size)
         self._probe = Probe(
             pl_module,
-            resolve_objective(pl_module, self.objective),
+            resolve_objective(pl_module, self.objective, known=self.rounds_done > 0),
             datamodule.loading.collate_fn,
             prepare=partial(trainer_bridge.to_model, trainer, pl_module),
             context=partial(trainer_bridge.forward_context, trainer),
@@ -237,8 +239,10 @@ class DVCCallback(Callback):
             # Another fit is not to plan as many again.
             self._budget_before = datamodule.budget
         probe = self._ready_probe
-        # Of all sources, whose samples are neighbours in the warm-up.
         ids = datamodule.selected_ids
+        if len(ids) < _FEWEST_TRIED:
+            ids = torch.arange(datamodule.pools.n_samples)
+        # Of all sources, whose samples are neighbours.
         ids = ids[:: -(-len(ids) // _TRIAL_SIZE)]
         group = self._group(trainer)
         with group.agreeing(), unsharded(pl_module), undisturbed(pl_module):
@@ -258,8 +262,22 @@ class DVCCallback(Callback):
         if trial.random:
             rank_zero_warn(
                 f"The gradients of a sample in the layers {trial.random} are others each time, so "
-                "the loss is random, and so are the scores. A method per_sample_loss that is not, "
-                "or objective=..., makes them repeatable."
+                "the loss, or what collate_fn makes of a batch, is random, and so are the scores. "
+                "A method per_sample_loss that is not, or objective=..., makes them repeatable."
+            )
+        if trial.mixes_losses:
+            cause = (
+                "collate_fn puts the samples of a batch in an order of its own; keep the order in "
+                "which it gets them"
+                if trial.sorts
+                else "they are dealt out to other samples, as those of two views, or of points in "
+                "time, are where these come before the batch in the first axis; call the loss with "
+                "the batch as the first axis, for each view by itself, or give the module a method "
+                "per_sample_loss(batch)"
+            )
+            raise ObjectiveError(
+                "the loss of a sample was expected to stay the same when the samples of a batch "
+                f"change places, but changes: {cause}"
             )
         if not trial.mixed:
             return

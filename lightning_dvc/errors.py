@@ -17,6 +17,10 @@ class ObjectiveError(DVCError, RuntimeError):
     """Per-sample losses and outputs of the user's model could not be obtained."""
 
 
+class UnevenError(ObjectiveError):
+    """A batch came out with other than a loss, or as many losses, for each of its samples."""
+
+
 class CaptureError(DVCError, RuntimeError):
     """A layer's activations or gradients could not be captured."""
 

@@ -400,9 +400,10 @@ def test_processes_share_the_work_of_scoring(tmp_path):
     }
     (alone,) = fit_apart(tmp_path / "one", **settings)
     together = fit_apart(tmp_path / "two", devices=2, **settings)
-    # What each looks at by itself: the trial, three times; in each round 16 of the selection and 16
-    # of the reference; a sample of the selection that is reviewed, which only one of them does.
-    own = 3 * 4 + 2 * (16 + 16)
+    # What each looks at by itself: the trial of 31, three times, and two of each of its batches
+    # once more; in each round 16 of the selection and 16 of the reference; a sample of the
+    # selection that is reviewed, which only one of them does.
+    own = 3 * 31 + 2 * 2 + 2 * (16 + 16)
     shared = [one["scored"] - own for one in together]
     assert abs(shared[0] - shared[1]) <= 2 * 16
     assert alone["scored"] - own == pytest.approx(sum(shared), abs=16)

@@ -50,7 +50,7 @@ class Term:
             ``(n,)``.
 
         Raises:
-            ObjectiveError: If the elements cannot be dealt out to ``n`` samples.
+            UnevenError: If the elements cannot be dealt out to ``n`` samples.
         """
         rows = self.call.rows(n)
         if self.call.reduction == "mean":

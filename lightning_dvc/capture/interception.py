@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
 from lightning_dvc.capture.outcome import Kind, Outcome
-from lightning_dvc.errors import ObjectiveError
+from lightning_dvc.errors import UnevenError
 
 _CLASS_LOSSES: Final = (F.cross_entropy, F.nll_loss)
 _BINARY_LOSSES: Final = (F.binary_cross_entropy, F.binary_cross_entropy_with_logits)
@@ -78,11 +78,11 @@ class LossCall:
             ``(n, P)``; the sample is taken to be the slowest axis.
 
         Raises:
-            ObjectiveError: If there is no whole number of elements per sample.
+            UnevenError: If there is no whole number of elements per sample.
         """
         shape = tuple(self.elements.shape)
         if (shape[0] if shape else 1) % n:
-            raise ObjectiveError(
+            raise UnevenError(
                 f"{self.function.__name__} was expected to return a multiple of {n} losses, one or "
                 f"more for each sample of the batch along the first axis, but returned the shape "
                 f"{shape}; keep the batch as the first axis, or pass objective=... that returns "

@@ -1,13 +1,17 @@
 """Samples by id into batches, where a sample that cannot be read does not take its batch along."""
 
+import copy
+from collections import UserDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_dvc.records import BadSample
@@ -33,6 +37,34 @@ class LoadedBatch:
     ids: Tensor
     batch: Any
     bad: list[BadSample]
+
+
+def copied(batch: Any) -> Any:
+    """A batch that may be changed without changing the given one.
+
+    Args:
+        batch: What the user's collate function made. Its containers, tensors and arrays are copied;
+            of anything else that torch knows nothing of, the object is the same.
+
+    Example:
+        >>> batch = {"x": torch.zeros(2), "y": [torch.ones(2)]}
+        >>> twin = copied(batch)
+        >>> twin.pop("y")[0].zero_()
+        tensor([0., 0.])
+        >>> batch["y"]
+        [tensor([1., 1.])]
+    """
+    return tree_map(_copied_leaf, batch)
+
+
+def _copied_leaf(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, UserDict):  # as tokenizers return
+        twin = copy.copy(value)
+        twin.data = copied(value.data)
+        return twin
+    return value.copy() if isinstance(value, np.ndarray) else value
 
 
 _Key = tuple[int, int]

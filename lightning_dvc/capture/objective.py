@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Final, Protocol
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from lightning_dvc.capture.decomposition import Term, main_call, terms_of
 from lightning_dvc.capture.interception import INTERCEPTED, LossInterception, describe
 from lightning_dvc.capture.outcome import Kind, Outcome, infer_kind
-from lightning_dvc.errors import ObjectiveError
+from lightning_dvc.errors import ObjectiveError, UnevenError
 
 __all__ = ["Kind", "Objective", "Outcome", "UserObjective", "resolve_objective"]
 
@@ -50,7 +51,9 @@ class Objective(Protocol):
         ...
 
 
-def resolve_objective(module: nn.Module, objective: UserObjective | None = None) -> Objective:
+def resolve_objective(
+    module: nn.Module, objective: UserObjective | None = None, known: bool = False
+) -> Objective:
     """Find out how to obtain per-sample losses from a module.
 
     In this order: the user's function; the module's method ``per_sample_loss(batch)``; the module's
@@ -66,6 +69,8 @@ def resolve_objective(module: nn.Module, objective: UserObjective | None = None)
         module: The user's LightningModule.
         objective: A function ``(module, batch)`` that returns an :class:`Outcome`, or a tuple
             ``(losses, outputs)`` or ``(losses, outputs, targets)``, with losses ``(n,)``.
+        known: Whether the module was accepted before, by the run that this one goes on with: then
+            even the first loss that is not accounted for is a warning.
 
     Returns:
         The objective. It expects to be called under
@@ -108,7 +113,7 @@ def resolve_objective(module: nn.Module, objective: UserObjective | None = None)
             f"{name} optimises manually, so its training_step would train while samples are "
             f"scored; {_REMEDY}"
         )
-    return _TrainingStep()
+    return _TrainingStep(known)
 
 
 def _own_per_sample_loss(module: Any, batch: Any) -> Any:
@@ -152,7 +157,7 @@ class _Given:
     def _check(self, outcome: Outcome, n: int, graph: bool) -> None:
         losses = outcome.losses
         if losses.shape != (n,) or not losses.is_floating_point():
-            raise ObjectiveError(
+            raise UnevenError(
                 f"{self._name} was expected to return losses of shape ({n},), one float per "
                 f"sample, but they have shape {tuple(losses.shape)} and type {losses.dtype}; use "
                 'reduction="none" and average over everything but the batch'
@@ -165,17 +170,22 @@ class _Given:
         for part in ("outputs", "targets", "variances"):
             value = getattr(outcome, part)
             if value is not None and (value.ndim == 0 or len(value) != n):
-                raise ObjectiveError(
+                raise UnevenError(
                     f"{self._name} was expected to return {part} with {n} rows, one per sample, "
                     f"but they have shape {tuple(value.shape)}; keep the batch as the first axis"
                 )
 
 
 class _TrainingStep:
-    """Losses from the module's own ``training_step``; the first finite loss is checked."""
+    """Losses from the module's own ``training_step``, each of which is checked.
 
-    def __init__(self) -> None:
-        self._checked = False
+    The first finite one decides whether the module is accepted. A later one, to which a term may
+    have come that was 0 at first, is no reason to stop a training.
+    """
+
+    def __init__(self, known: bool = False) -> None:
+        self._accepted = known
+        self._warned = False
         # By position of the call in the step. Kept from the first batch of several samples, so
         # that a short last batch is read like the others.
         self._divided: dict[int, bool] = {}
@@ -200,18 +210,25 @@ class _TrainingStep:
         return self._divided.setdefault(term.position, term.seems_divided(n))
 
     def _check(self, loss: Tensor, terms: list[Term]) -> None:
-        if self._checked and terms:
-            return
         returned, found = loss.item(), sum(term.value.item() for term in terms)
         finite = math.isfinite(returned)
-        if not terms or (finite and abs(found - returned) > _tolerance(loss, terms)):
-            raise ObjectiveError(
-                f"training_step returned the loss {returned:.6g}, but the loss functions of torch "
-                f"that it called account for {found:.6g}, so part of the loss is computed by other "
-                f"means, or is no weighted sum of these (understood: {', '.join(INTERCEPTED)}); "
-                f"{_REMEDY}"
+        if terms and not (finite and abs(found - returned) > _tolerance(loss, terms)):
+            self._accepted |= finite
+            return
+        trouble = (
+            f"training_step returned the loss {returned:.6g}, but the loss functions of torch "
+            f"that it called account for {found:.6g}, so part of the loss is computed by other "
+            f"means, or is no weighted sum of these (understood: {', '.join(INTERCEPTED)})"
+        )
+        if not terms or not self._accepted:
+            raise ObjectiveError(f"{trouble}; {_REMEDY}")
+        if not self._warned:
+            warnings.warn(
+                f"{trouble}; it was accounted for before, and what came to it since does not count "
+                f"in any score; so that it does, {_REMEDY}",
+                stacklevel=2,
             )
-        self._checked = finite
+        self._warned = True
 
 
 @contextmanager

@@ -13,11 +13,17 @@ from torch.utils.data import Dataset
 
 from lightning_dvc.capture.gradients import LayerGradients
 from lightning_dvc.capture.layers import LayerCapture, find_layers
-from lightning_dvc.capture.loading import Collate, LoadedBatch, Reader
+from lightning_dvc.capture.loading import Collate, LoadedBatch, Reader, copied
 from lightning_dvc.capture.objective import Objective, Outcome
 from lightning_dvc.capture.projection import plan_projections
 from lightning_dvc.capture.snapshots import Snapshots
-from lightning_dvc.errors import BadSampleError, CaptureError, DVCError
+from lightning_dvc.errors import (
+    BadSampleError,
+    CaptureError,
+    DVCError,
+    ObjectiveError,
+    UnevenError,
+)
 from lightning_dvc.records import BadSample
 
 
@@ -85,6 +91,8 @@ class Probe:
     worker_settings: Mapping[str, Any] = field(default_factory=dict)
     on_bad_sample: str = "set_aside"
     bad: list[BadSample] = field(default_factory=list, init=False)
+    takes_gradients: bool = field(default=False, init=False)
+    """Whether the losses cannot be computed without a graph, since the step takes gradients."""
     like: list[LayerGradients] = field(default_factory=list, init=False)
     """Gradients of no samples, per layer, as the last pass with gradients captured them."""
 
@@ -235,14 +243,15 @@ class Probe:
         if len(loaded.ids) > self._most:
             yield from self._look_at_halves(loaded, snapshots, gradients)
             return
-        captured, failed, full = None, False, False
+        captured, failed, full, uneven = None, False, False, None
         try:
             captured = self._pass(loaded, snapshots, gradients)
             self._try_parts(captured)
-        except DVCError:
-            raise
         except Exception as error:
+            if isinstance(error, DVCError) and not self._may_be_a_samples(error, len(loaded.ids)):
+                raise
             failed, full = True, is_oom_error(error)
+            uneven = error if isinstance(error, UnevenError) else None
             if full:
                 self._make_smaller(len(loaded.ids), error)
             elif len(loaded.ids) == 1:
@@ -256,11 +265,33 @@ class Probe:
             # Only here is the traceback gone, and with it what it keeps in memory.
             garbage_collection_cuda()
         if failed:
-            yield from self._look_at_halves(loaded, snapshots, gradients)
+            parts = self._look_at_halves(loaded, snapshots, gradients)
+            yield from parts if uneven is None else self._not_all(parts, len(loaded.ids), uneven)
             return
         self._passed, self._failed = replace(loaded, batch=None), 0
         if captured is not None:
             yield captured
+
+    def _may_be_a_samples(self, error: DVCError, n: int) -> bool:
+        """Whether a refusal may be due to some of a batch's samples rather than to the model.
+
+        Collating may leave some out, and a step may skip a batch for one whose loss is not finite.
+        """
+        return isinstance(error, ObjectiveError) and (n > 1 or self._passed is not None)
+
+    @staticmethod
+    def _not_all(parts: Iterator[Captured], n: int, error: UnevenError) -> Iterator[Captured]:
+        """Parts of a batch that came out uneven, of which some sample must be at fault.
+
+        Raises:
+            UnevenError: If of two samples, which do not go together, each is fine alone.
+        """
+        found = 0
+        for part in parts:
+            found += len(part)
+            if n == found == 2:
+                raise error
+            yield part
 
     def _works(self, snapshots: Snapshots | None, gradients: bool) -> bool:
         """Whether the model takes a sample that it took before."""
@@ -307,16 +338,19 @@ class Probe:
     ) -> Captured | None:
         n = len(loaded.ids)
         batch = self.prepare(loaded.batch)
+        # For the earlier states, since a step may change its batch.
+        kept = copied(batch) if snapshots else None
         recorder = LayerCapture(self._found, self._projections, self._overwritten)
         with ExitStack() as stack:
             stack.enter_context(self._forward())
-            stack.enter_context(torch.set_grad_enabled(gradients))
+            stack.enter_context(torch.set_grad_enabled(gradients or self.takes_gradients))
             if self._recurrent:
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
             stack.enter_context(recorder.recording(gradients))
             outcome = self.objective(self.module, batch, n)
         if gradients and recorder.overwritten:
             self._overwritten.update(recorder.overwritten)
+            (loaded,) = loaded.again(loaded.ids, n)  # since the step may have changed the batch
             return self._pass(loaded, snapshots, gradients)
         if not self._order:
             self._settle_layers(recorder, n)
@@ -328,7 +362,7 @@ class Probe:
         captured = _assemble(
             loaded.ids,
             outcome,
-            [self._outcome(batch, n, snapshots, age) for age in range(len(snapshots or ()))],
+            [self._outcome(copied(kept), n, snapshots, age) for age in range(len(snapshots or ()))],
             recorder.gradients(outcome.losses) if gradients else [],
             recorder.representations(n),
             recorder.fingerprints(n),
@@ -339,7 +373,8 @@ class Probe:
 
     def _outcome(self, batch: Any, n: int, snapshots: Snapshots | None, age: int) -> Outcome:
         assert snapshots is not None
-        with snapshots.applied(self.module, age), self._forward(), torch.no_grad():
+        graph = torch.set_grad_enabled(self.takes_gradients)
+        with snapshots.applied(self.module, age), self._forward(), graph:
             return self.objective(self.module, batch, n)
 
     @contextmanager

@@ -1,18 +1,25 @@
-"""A trial before training: which layers do not keep the batch as their first axis."""
+"""A trial before training: whether what is captured of a sample is the sample's own."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data import Dataset
 
+from lightning_dvc.capture.guard import undisturbed
 from lightning_dvc.capture.loading import Entry, LoadedBatch, Reader, TolerantCollate
 from lightning_dvc.capture.probe import Captured, Probe
+from lightning_dvc.errors import BadSampleError
+
+LOSSES: Final = "the losses"
+"""What :func:`differing` calls them."""
+
+# Of losses in half precision, relative to the largest.
+_ROUNDING: Final = 5e-3
 
 
 @dataclass(frozen=True)
@@ -24,56 +31,93 @@ class Trial:
             places, that is, whose activations were dealt out to the wrong samples.
         random: Layers in which they change from one look to the next, as under a loss that is
             random. Of these it cannot be told whether they mix samples.
+        mixes_losses: Whether a sample's loss changes with the places, too.
+        sorts: Whether the collate function puts samples in an order of its own.
     """
 
     mixed: list[str] = field(default_factory=list)
     random: list[str] = field(default_factory=list)
+    mixes_losses: bool = False
+    sorts: bool = False
 
 
 def try_out(probe: Probe, dataset: Dataset[Any], ids: Tensor) -> Trial:
-    """Look at samples three times: twice in order, once in reverse.
+    """Look at samples three times: twice in order, once in another.
 
-    They are read once, since whoever augments them at random returns others each time.
+    They are read once, since whoever augments them at random returns others each time. Each look is
+    at a batch of its own, leaves the model as it was, and has random numbers of its own.
 
     Args:
-        probe: Looks at samples through the model; what it finds bad here is forgotten again.
+        probe: Looks at samples through the model; what it finds bad here is forgotten again. It
+            learns whether the model takes gradients itself.
         dataset: Where the ids point.
         ids: ``(n,)`` samples to look at.
     """
-    mixed, random = set(), set()
-    collate = TolerantCollate(probe.collate)
+    mixed, random, sorts = set(), set(), False
     reader = Reader(
         _sent if probe.num_workers else list, probe.num_workers, **probe.worker_settings
     )
     for read in reader.batches(dataset, ids, probe.batch_size):
-        samples = dict(zip(read.ids.tolist(), _received(read.batch), strict=True))
-        again = partial(Reader(probe.collate).batches, _Read(samples))
-        entries: list[Entry] = [(sample_id, sample, None) for sample_id, sample in samples.items()]
-        loaded, turned = (LoadedBatch(again, *collate(some)) for some in (entries, entries[::-1]))
-        if not len(loaded.ids):
+        looks = _Looks(probe, dict(zip(read.ids.tolist(), _received(read.batch), strict=True)))
+        seen, repeated = looks.at(read.ids, seed=0), looks.at(read.ids, seed=1)
+        if not seen:
             continue
-        seen, repeated = list(probe.look(loaded)), list(probe.look(loaded))
-        names = list(probe.captured_layers)
-        changing = differing(names, seen, repeated)
+        some = torch.cat([captured.ids for captured in seen])[:2]
+        probe.takes_gradients |= not looks.at(some, seed=0, gradients=False)
+        changing = differing(list(probe.captured_layers), seen, repeated)
         random.update(changing)
-        other = list(probe.look(turned))
-        mixed.update(set(differing(names, seen, other)) - set(changing))
+        order = torch.randperm(len(read.ids), generator=torch.Generator().manual_seed(0))
+        other = looks.at(read.ids[order], seed=0)
+        moved = set(differing(list(probe.captured_layers), seen, other)) - set(changing)
+        mixed.update(moved)
+        sorts |= LOSSES in moved and looks.are_sorted(read.ids, order)
     probe.bad.clear()
     in_order = list(probe.captured_layers)
     return Trial(
         [name for name in in_order if name in mixed - random],
         [name for name in in_order if name in random],
+        LOSSES in mixed - random,
+        sorts,
     )
 
 
-class _Read(Dataset[Any]):
-    """Samples by id that have been read."""
+class _Looks:
+    """Looks at samples that have been read, in one order or another."""
 
-    def __init__(self, samples: Mapping[int, Any]) -> None:
+    def __init__(self, probe: Probe, samples: Mapping[int, Any]) -> None:
+        self._probe = probe
         self._samples = samples
 
-    def __getitem__(self, sample_id: int) -> Any:
-        return self._samples[sample_id]
+    def at(self, ids: Tensor, seed: int, gradients: bool = True) -> list[Captured]:
+        """Look at some of the samples, in this order; nothing where none can be used."""
+        with undisturbed(self._probe.module, seed):
+            loaded = self._collated(ids)
+            if not len(loaded.ids):
+                return []
+            try:
+                return list(self._probe.look(loaded, gradients=gradients))
+            except BadSampleError:
+                if gradients:
+                    raise
+                return []
+
+    def are_sorted(self, ids: Tensor, order: Tensor) -> bool:
+        """Whether the samples make a batch whose rows do not come in their order."""
+        batch, other = (tree_leaves(self._collated(some).batch) for some in (ids, ids[order]))
+        rows = [
+            (mine, theirs)
+            for mine, theirs in zip(batch, other, strict=False)
+            if isinstance(mine, Tensor) and mine.shape[:1] == ids.shape
+        ]
+        return not all(torch.equal(mine[order], theirs) for mine, theirs in rows)
+
+    def _collated(self, ids: Tensor) -> LoadedBatch:
+        entries: list[Entry] = [(i, self._samples[i], None) for i in ids.tolist()]
+        collate = TolerantCollate(self._probe.collate)
+        return LoadedBatch(self._again, *collate(entries))
+
+    def _again(self, ids: Tensor, batch_size: int) -> Iterator[LoadedBatch]:
+        yield from map(self._collated, ids.split(batch_size))
 
 
 def _sent(samples: list[Any]) -> bytes:
@@ -96,36 +140,46 @@ def differing(
     again: Sequence[Captured],
     tolerance: float = 0.05,
 ) -> list[str]:
-    """Find layers in which two looks at the same samples differ.
+    """Find out what differs between two looks at the same samples.
 
     Args:
         names: Names of the ``L`` captured layers.
         seen: A look at some samples, with gradients, in one or more parts.
         again: Another look at them.
-        tolerance: Largest difference between the two, relative to the largest gradient norm.
+        tolerance: Largest difference between the two, relative to the largest gradient norm, or to
+            how far apart the samples' losses are.
 
     Returns:
-        Names of the layers in which the gradient norm of some sample differs.
+        Names of the layers in which the gradient norm of some sample differs, after
+        :data:`LOSSES` if the loss of some sample does.
     """
     if not seen or not again:
         return []
-    (ids, norms), (other_ids, others) = _norms_by_id(seen), _norms_by_id(again)
+    (ids, numbers), (other_ids, others) = _by_id(seen), _by_id(again)
     # Where samples are mixed, one that is not finite also spoils others, each time different ones.
-    norms, others = norms[torch.isin(ids, other_ids)], others[torch.isin(other_ids, ids)]
-    if not len(norms):
+    numbers, others = numbers[torch.isin(ids, other_ids)], others[torch.isin(other_ids, ids)]
+    if not len(numbers):
         return []
-    difference = (norms - others).abs().amax(0)
-    differs = difference > tolerance * norms.amax(0)
-    return [
-        name for name, is_different in zip(names, differs.tolist(), strict=True) if is_different
-    ]
+    largest, losses = numbers.amax(0), numbers[:, 0]
+    allowed = tolerance * largest
+    # Losses may be nearly alike before any training, and need not be positive.
+    allowed[0] = tolerance * (largest[0] - losses.amin()) + _ROUNDING * losses.abs().amax()
+    differs = (numbers - others).abs().amax(0) > allowed
+    of_all = zip([LOSSES, *names], differs.tolist(), strict=True)
+    return [name for name, is_different in of_all if is_different]
 
 
-def _norms_by_id(parts: Sequence[Captured]) -> tuple[Tensor, Tensor]:
-    """Ids ``(n,)`` in order, and gradient norms ``(n, L)``, on the CPU."""
-    norms = [
-        torch.stack([layer.squared_norms().sqrt().cpu() for layer in part.gradients], dim=1)
+def _by_id(parts: Sequence[Captured]) -> tuple[Tensor, Tensor]:
+    """Ids ``(n,)`` in order, and losses beside gradient norms, ``(n, 1 + L)``, on the CPU."""
+    numbers = [
+        torch.stack(
+            [
+                part.losses[:, 0].double().cpu(),
+                *(layer.squared_norms().sqrt().double().cpu() for layer in part.gradients),
+            ],
+            dim=1,
+        )
         for part in parts
     ]
     ids, order = torch.cat([part.ids for part in parts]).sort()
-    return ids, torch.cat(norms)[order]
+    return ids, torch.cat(numbers)[order]

@@ -412,6 +412,36 @@ def test_check_waits_for_the_first_finite_loss():
         objective(module, x, N)
 
 
+class Growing(Net):
+    """A part of the loss, which is 0 at first, comes from no loss function."""
+
+    def __init__(self, part):
+        super().__init__(lambda self, b: F.mse_loss(self.layer(b), VALUES) + self.part * self.own())
+        self.part = part
+
+    def own(self):
+        return self.layer.weight.square().sum()
+
+
+def test_what_comes_to_a_loss_later_is_a_warning():
+    module, x = Growing(0.0), draw(N, D)
+    objective = resolve_objective(module)
+    losses = objective(module, x, N).losses
+    module.part = 1.0
+    with pytest.warns(UserWarning, match="accounted for before") as caught:
+        later = [objective(module, x, N).losses for _ in range(3)]
+    assert len(caught) == 1  # not of every batch
+    torch.testing.assert_close(later, 3 * [losses])
+
+
+def test_a_module_that_was_accepted_before_is_so_again():
+    module, x = Growing(1.0), draw(N, D)
+    with pytest.raises(ObjectiveError, match="other means"):
+        resolve_objective(module)(module, x, N)
+    with pytest.warns(UserWarning, match="does not count"):
+        resolve_objective(module, known=True)(module, x, N)
+
+
 def test_half_precision_passes_the_check():
     def step(self, batch):
         z = self.layer(batch[0]).bfloat16()

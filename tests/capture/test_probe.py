@@ -22,7 +22,7 @@ from lightning_dvc.capture.probe import Probe, join, rows
 from lightning_dvc.capture.projection import plan_projections
 from lightning_dvc.capture.snapshots import Snapshots
 from lightning_dvc.capture.trial import differing
-from lightning_dvc.errors import BadSampleError, CaptureError, ObjectiveError
+from lightning_dvc.errors import BadSampleError, CaptureError, ObjectiveError, UnevenError
 
 WIDTH, CLASSES, SIZE = 4, 3, 12
 POISON = 1e6  # a feature that makes Net raise
@@ -273,6 +273,28 @@ def test_snapshots_give_the_losses_under_earlier_states(fails):
     torch.testing.assert_close(dict(net.state_dict()), dict(before), rtol=0, atol=0)
 
 
+class Consuming(Net):
+    """Takes the label out of its batch, and changes the rest in place."""
+
+    def training_step(self, batch, batch_idx=0):
+        (y,) = batch.pop("y")
+        return F.cross_entropy(self(batch["x"].mul_(2)), y)
+
+
+def consumed(samples):
+    x, y = default_collate(samples)
+    return {"x": x, "y": [y]}
+
+
+def test_a_step_that_changes_its_batch_gets_it_unchanged_for_each_state():
+    net, snapshots = Consuming(), Snapshots(window=2)
+    for _ in range(2):
+        snapshots.push(net)
+    captured = look(make_probe(net, collate=consumed), snapshots=snapshots)
+    assert captured.ids.tolist() == list(range(SIZE))
+    torch.testing.assert_close(captured.losses, captured.losses[:, :1].expand(-1, 3))
+
+
 # --- samples set aside -------------------------------------------------------------------------
 
 TROUBLE = {
@@ -464,6 +486,57 @@ def test_refusals_of_the_library_are_passed_on():
     with pytest.raises(ObjectiveError, match="one float per sample"):
         look(probe)
     assert probe.bad == []
+
+
+def without_the_odd(samples):
+    return default_collate([(x, y) for x, y in samples if x is not None])
+
+
+class Gaps(Dataset):
+    """Some samples are missing."""
+
+    def __init__(self, missing):
+        self.missing = missing
+
+    def __getitem__(self, i):
+        return (None, i) if i in self.missing else sample(i)
+
+
+@pytest.mark.parametrize("odd", [[3], [0], [0, 1, 2, 3], [2, 5, 6, 11]])
+def test_samples_that_collating_leaves_out_are_set_aside(odd):
+    probe = make_probe(collate=without_the_odd)
+    captured = look(probe, dataset=Gaps(odd))
+    kept = [i for i in range(SIZE) if i not in odd]
+    assert_captured(captured, probe.module, kept)
+    assert sorted(reasons(probe)) == odd
+
+
+class Skipping(Net):
+    """Returns nothing for a batch whose loss is not finite, so that Lightning skips it."""
+
+    def training_step(self, batch, batch_idx=0):
+        loss = super().training_step(batch)
+        return loss if loss.isfinite() else None
+
+
+def test_a_sample_for_which_a_step_skips_its_batch_is_set_aside():
+    probe = make_probe(Skipping())
+    captured = look(probe, dataset=Samples({5: torch.nan, 6: torch.nan}))
+    assert_captured(captured, probe.module, [i for i in range(SIZE) if i not in (5, 6)])
+    assert sorted(reasons(probe)) == [5, 6]
+
+
+def test_losses_of_another_number_than_samples_are_refused():
+    """Two samples have one loss, and each has one alone: it is not that one is left out."""
+
+    class Halving(Net):
+        def training_step(self, batch, batch_idx=0):
+            x, y = batch
+            half = -(-len(x) // 2)
+            return F.cross_entropy(self(x[:half]), y[:half])
+
+    with pytest.raises(UnevenError, match="multiple of 2 losses"):
+        look(make_probe(Halving()))
 
 
 # --- out of memory -----------------------------------------------------------------------------

@@ -2,14 +2,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.files import n_open_files
-from helpers.problems import CLASSES, WIDTH, Net, labelled
+from helpers.problems import CLASSES, WIDTH, Net, good, labelled
 from torch import nn
 from torch.utils.data import Dataset, default_collate
 
 from lightning_dvc.capture.guard import undisturbed
 from lightning_dvc.capture.objective import resolve_objective
 from lightning_dvc.capture.probe import Probe
-from lightning_dvc.capture.trial import try_out
+from lightning_dvc.capture.snapshots import Snapshots
+from lightning_dvc.capture.trial import Trial, try_out
 
 SIZE = 32
 workers = pytest.mark.parametrize("num_workers", [0, 2])
@@ -47,9 +48,12 @@ class Noisy(Net):
         return F.cross_entropy(self(batch[0]) + torch.randn(len(batch[0]), CLASSES), batch[1])
 
 
-def tried(net, dataset, num_workers=0):
-    probe = Probe(net, resolve_objective(net), default_collate, num_workers=num_workers)
-    with undisturbed(net):
+def tried(net, dataset, num_workers=0, collate=default_collate):
+    return tried_by(Probe(net, resolve_objective(net), collate, num_workers=num_workers), dataset)
+
+
+def tried_by(probe, dataset):
+    with undisturbed(probe.module):
         found = try_out(probe, dataset, torch.arange(SIZE))
     assert probe.bad == []
     return found
@@ -90,3 +94,170 @@ def test_samples_of_many_tensors_keep_no_file_open(monkeypatch, num_workers):
     found = tried(OfWide(), Wide(), num_workers)
     assert (found.mixed, found.random) == ([], [])
     assert max(most) < before + 60
+
+
+# --- losses dealt out to the wrong samples -----------------------------------------------------
+
+
+class Views(Net):
+    """Sees each sample twice; what a loss gets has the views first, or the samples."""
+
+    def __init__(self, samples_first):
+        super().__init__()
+        self.samples_first = samples_first
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        views = torch.stack([self(x), self(1.05 * x)], dim=int(self.samples_first))
+        labels = torch.stack([y, y], dim=int(self.samples_first))
+        return F.cross_entropy(views.flatten(0, 1), labels.flatten())
+
+
+class OnePass(Net):
+    """Passes both views at once, so that activations are dealt out wrongly, too."""
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.cross_entropy(self(torch.cat([x, 1.05 * x])), torch.cat([y, y]))
+
+
+class Steps(Net):
+    """A label at each point in time, time first."""
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        outputs = torch.stack([self(x + step) for step in range(3)])
+        return F.cross_entropy(outputs.flatten(0, 1), y.repeat(3))
+
+
+def test_losses_that_keep_samples_apart_are_not_suspected():
+    assert tried(Views(samples_first=True), Augmented([])) == Trial()
+
+
+@pytest.mark.parametrize("net", [Views(samples_first=False), OnePass(), Steps()])
+def test_losses_dealt_out_to_the_wrong_samples_are_found(net):
+    found = tried(net, Augmented([]))
+    assert found.mixes_losses
+    assert not found.sorts
+    assert found.mixed == (["body", "head"] if isinstance(net, OnePass) else [])
+
+
+def test_losses_alike_before_any_training_are_not_suspected():
+    net = Net()
+    nn.init.zeros_(net.head.weight)
+    nn.init.zeros_(net.head.bias)
+    assert tried(net, Augmented([])) == Trial()
+
+
+# --- what collate functions do -----------------------------------------------------------------
+
+
+def sorting(samples):
+    """Ties keep their order, so that not even the same samples always make the same batch."""
+    return default_collate(sorted(samples, key=lambda sample: sample[1]))
+
+
+def test_a_collate_function_that_sorts_is_found():
+    found = tried(Net(), Augmented([]), collate=sorting)
+    assert (found.mixes_losses, found.sorts) == (True, True)
+
+
+def mixing_up(samples):
+    x, y = default_collate(samples)
+    y = F.one_hot(y, CLASSES).float()
+    order = torch.randperm(len(x))
+    return 0.7 * x + 0.3 * x[order], 0.7 * y + 0.3 * y[order]
+
+
+def blurring(samples):
+    x, y = default_collate(samples)
+    return x + torch.randn_like(x), y
+
+
+@pytest.mark.parametrize("collate", [mixing_up, blurring])
+def test_a_random_collate_function_is_not_taken_for_mixing(collate):
+    found = tried(Net(), Augmented([]), collate=collate)
+    assert (found.mixed, found.random, found.mixes_losses) == ([], ["body", "head"], False)
+
+
+def without_none(samples):
+    return default_collate([sample for sample in samples if sample is not None])
+
+
+class Gaps(Augmented):
+    """Some samples are missing."""
+
+    def __getitem__(self, index):
+        return None if index in (0, 5, 6, 20) else super().__getitem__(index)
+
+
+def test_a_collate_function_that_leaves_samples_out_is_not_taken_for_mixing():
+    assert tried(Net(), Gaps([]), collate=without_none) == Trial()
+
+
+# --- what steps do -----------------------------------------------------------------------------
+
+
+class Counting(Net):
+    """Weighs classes by how often it has seen them."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen_classes", torch.ones(CLASSES))
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        self.seen_classes += torch.bincount(y, minlength=CLASSES)
+        return F.cross_entropy(self(x), y, weight=10 / self.seen_classes, reduction="sum")
+
+
+class InPlace(Net):
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.cross_entropy(self(x.sub_(1).div_(2)), y)
+
+
+class Popping(Net):
+    def training_step(self, batch, batch_idx):
+        y = batch.pop("y")
+        return F.cross_entropy(self(batch["x"]), y)
+
+
+@pytest.mark.parametrize("net", [Counting(), InPlace()])
+def test_what_a_step_changes_is_not_taken_for_chance(net):
+    assert tried(net, Augmented([])) == Trial()
+
+
+def test_a_step_may_take_parts_out_of_its_batch():
+    def named(samples):
+        return dict(zip("xy", default_collate(samples), strict=True))
+
+    assert tried(Popping(), Augmented([]), collate=named) == Trial()
+
+
+class Adversarial(Net):
+    """Trains on samples moved where the loss grows."""
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        x = x.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(F.cross_entropy(self(x), y), x)
+        return F.cross_entropy(self(x.detach() + 0.1 * slope.sign()), y)
+
+
+@pytest.mark.parametrize("on_bad_sample", ["set_aside", "raise"])
+@pytest.mark.parametrize(("net", "takes"), [(Adversarial(), True), (Net(), False)])
+def test_a_step_that_takes_gradients_is_given_a_graph(net, takes, on_bad_sample):
+    probe = Probe(net, resolve_objective(net), default_collate, on_bad_sample=on_bad_sample)
+    dataset = good(SIZE)
+    assert tried_by(probe, dataset) == Trial()
+    assert probe.takes_gradients is takes
+    snapshots = Snapshots(window=1)
+    snapshots.push(net)
+    with undisturbed(net):
+        ids = torch.arange(SIZE)
+        found = probe.capture_all(dataset, ids)
+        (again,) = probe.capture(dataset, ids, snapshots)
+    torch.testing.assert_close(found.losses, again.losses[:, :1])
+    torch.testing.assert_close(again.losses[:, 0], again.losses[:, 1])
+    assert not found.confidence.requires_grad
