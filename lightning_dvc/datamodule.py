@@ -1,7 +1,7 @@
 """Pools turned into loaders: the owner of the pools, of the selection and of the sampler."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,16 @@ from lightning_dvc.errors import ConfigurationError, StateError, check_settings
 from lightning_dvc.loaders import LoaderSettings
 from lightning_dvc.policy.budget import resolve_budget, warm_up_counts
 from lightning_dvc.policy.plan import Plan, planned_steps
-from lightning_dvc.pools import SELECTED, SET_ASIDE, TAKEN_BACK, AnyDataset, Pools, Source
+from lightning_dvc.pools import (
+    SELECTED,
+    SET_ASIDE,
+    TAKEN_BACK,
+    AnyDataset,
+    Pools,
+    Source,
+    check_map_style,
+    check_single,
+)
 from lightning_dvc.records import BadSample, Choice
 from lightning_dvc.sampler import SelectionSampler
 from lightning_dvc.selection import Selection, SelectionRecord
@@ -103,6 +112,7 @@ class DVCDataModule(LightningDataModule):
         )
         for name, dataset in (("val", val), ("test", test), ("predict", predict)):
             if dataset is not None:
+                check_single(dataset, name)
                 # Set on the object, because Lightning takes a method of the class as a sign that
                 # there is such a loader.
                 setattr(self, f"{name}_dataloader", partial(self._loader_of, dataset))
@@ -579,16 +589,13 @@ def checked_reference(reference: AnyDataset, name: str) -> AnyDataset:
         name: Of the argument that it was given as.
 
     Raises:
-        ConfigurationError: If the dataset is not map-style, or empty.
+        ConfigurationError: If it is several datasets, not map-style, or empty.
     """
-    kind = type(reference).__name__
-    if not (hasattr(reference, "__len__") and hasattr(reference, "__getitem__")):
-        raise ConfigurationError(
-            f"{name} needs __len__ and __getitem__, because candidates are compared with some of "
-            f"its samples, but {kind} lacks one; load an iterable one into a list first"
-        )
+    check_map_style(reference, name)
+    assert isinstance(reference, Sized), "checked above"
     if len(reference) == 0:
         raise ConfigurationError(
-            f"{name} is empty ({kind}); leave it out to use the selection itself as the reference"
+            f"{name} is empty ({type(reference).__name__}); leave it out to use the selection "
+            "itself as the reference"
         )
     return reference

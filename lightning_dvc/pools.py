@@ -8,7 +8,7 @@ draw looks through its bytes.
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -63,13 +63,7 @@ class Source:
     cost: float = 1.0
 
     def __post_init__(self) -> None:
-        kind = type(self.dataset).__name__
-        if isinstance(self.dataset, IterableDataset) or not _is_map_style(self.dataset):
-            raise ConfigurationError(
-                f"a source needs a map-style dataset with __len__ and __getitem__, but got {kind}; "
-                "samples are drawn by index, so load an iterable one into a list or an indexed "
-                "file first"
-            )
+        check_map_style(self.dataset, "a source")
         if not 0 <= self.min_share <= self.max_share <= 1:
             raise ConfigurationError(
                 "shares of a source must satisfy 0 <= min_share <= max_share <= 1, but got "
@@ -91,8 +85,55 @@ class Source:
         return given if isinstance(given, Source) else Source(given)
 
 
-def _is_map_style(dataset: object) -> bool:
-    return hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+def is_map_style(dataset: object) -> bool:
+    """Whether a dataset has samples by index, and knows how many.
+
+    Example:
+        >>> is_map_style(range(9)), is_map_style(iter(range(9)))
+        (True, False)
+    """
+    indexed = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    # One of these inherits a __getitem__ that only raises.
+    return indexed and not isinstance(dataset, IterableDataset)
+
+
+def check_map_style(dataset: object, what: str) -> None:
+    """Refuse what samples cannot be drawn from by index.
+
+    Args:
+        dataset: What was given as a dataset.
+        what: Names it in the message.
+
+    Raises:
+        ConfigurationError: If it is several datasets, or not map-style.
+    """
+    check_single(dataset, what)
+    if not is_map_style(dataset):
+        raise ConfigurationError(
+            f"{what} needs __len__ and __getitem__, as a map-style dataset has, but got "
+            f"{type(dataset).__name__}; samples are drawn by index, so load an iterable one into "
+            "a list or an indexed file first"
+        )
+
+
+def check_single(dataset: object, what: str) -> None:
+    """Refuse a collection of datasets, which would be taken for one whose samples they are.
+
+    Args:
+        dataset: What was given as a dataset.
+        what: Names it in the message.
+
+    Raises:
+        ConfigurationError: If it is a list, tuple or mapping of datasets.
+    """
+    samples: Iterable[object] = ()
+    if isinstance(dataset, list | tuple | Mapping):
+        samples = dataset.values() if isinstance(dataset, Mapping) else dataset
+    if isinstance(next(iter(samples), None), Dataset):
+        raise ConfigurationError(
+            f"{what} must be one dataset, but is a {type(dataset).__name__} of datasets; put them "
+            "together with torch.utils.data.ConcatDataset([...])"
+        )
 
 
 class PoolDataset(Dataset[Any]):
@@ -142,8 +183,8 @@ class Pools:
         seed: Seed of every draw.
 
     Raises:
-        ConfigurationError: If there is no source, one is empty or not map-style, or the minimum
-            shares add up to more than 1.
+        ConfigurationError: If the sources have no names, there is none, one is empty or not
+            map-style, or the minimum shares add up to more than 1.
 
     Example:
         >>> from torch.utils.data import TensorDataset
@@ -155,6 +196,11 @@ class Pools:
     """
 
     def __init__(self, sources: Mapping[str, Source | AnyDataset], seed: int = 0) -> None:
+        if not isinstance(sources, Mapping):
+            raise ConfigurationError(
+                "sources must be a mapping of names to datasets, {'name': dataset, ...}, but is a "
+                f"{type(sources).__name__}; give each dataset a name"
+            )
         if not sources:
             raise ConfigurationError(
                 "sources is empty; give at least one: sources={'name': dataset, ...}"

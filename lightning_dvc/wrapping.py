@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from typing_extensions import override
 
 from lightning_dvc import trainer_bridge
@@ -19,6 +19,7 @@ from lightning_dvc.capture.guard import preserve_random_state
 from lightning_dvc.datamodule import DVCDataModule, Sources, SourcesInside, checked_reference
 from lightning_dvc.errors import ConfigurationError
 from lightning_dvc.loaders import dataset_of, settings_of
+from lightning_dvc.pools import is_map_style
 from lightning_dvc.selection import Selection
 from lightning_dvc.splitting import split_by
 
@@ -170,9 +171,10 @@ class WrappingDataModule(DVCDataModule):
         found = loaders.flattened
         datasets = [dataset_of(each) if isinstance(each, DataLoader) else each for each in found]
         held_out = [dataset for dataset in datasets if dataset is not training]
-        if len(held_out) == 1 and _is_map_style(held_out[0]):
+        usable = bool(held_out) and all(map(is_map_style, held_out))
+        if usable and len(held_out) == 1:
             return checked_reference(held_out[0], "val")
-        if held_out and all(_format(dataset) == _format(training) for dataset in held_out):
+        if usable and all(_format(dataset) == _format(training) for dataset in held_out):
             return ConcatDataset(held_out)
         rank_zero_warn(
             f"The validation data of the wrapped datamodule ({_kinds(datasets)}) is not held "
@@ -203,10 +205,6 @@ def _are_indices(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return all(isinstance(entry, Integral) for entry in value)
     return isinstance(value, range | np.ndarray | Tensor)
-
-
-def _is_map_style(dataset: object) -> bool:
-    return hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset)
 
 
 def _kinds(datasets: Iterable[object]) -> str:

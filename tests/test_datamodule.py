@@ -24,6 +24,13 @@ class Stream(IterableDataset):
         return iter([])
 
 
+class Counted(Stream):
+    """Has a length, and from its base class a ``__getitem__`` that only raises."""
+
+    def __len__(self):
+        return 5
+
+
 class NoLength(Dataset):
     def __getitem__(self, index):
         return index
@@ -39,6 +46,10 @@ class NoLength(Dataset):
         ({"a": TensorDataset(torch.empty(0, 2))}, {}, "'a' has no samples"),
         ({"a": Stream()}, {}, "map-style dataset .* got Stream"),
         ({"a": NoLength()}, {}, "map-style dataset .* got NoLength"),
+        ({"a": Counted()}, {}, "source needs .* got Counted"),
+        ([good(60), wrong(40)], {}, r"{'name': dataset, ...}, but is a list; give each"),
+        (good(60), {}, "'name': dataset, ...}, but is a TensorDataset"),
+        ({"a": [good(60), wrong(40)]}, {}, "a list of datasets; .*ConcatDataset"),
         (None, {"budget": 0}, "above 0 and at most 100 .* is 0"),
         (None, {"budget": 0.0}, "above 0"),
         (None, {"budget": 101}, "at most 100 .* is 101"),
@@ -52,6 +63,12 @@ class NoLength(Dataset):
         (None, {"rounds": 0}, "rounds must be at least 1"),
         (None, {"oversample": 0.5}, "oversample must be at least 1"),
         (None, {"val": Stream()}, "val needs __len__"),
+        (None, {"val": Counted()}, "val needs __len__ .* got Counted"),
+        (None, {"reference": Counted()}, "reference needs __len__ .* got Counted"),
+        (None, {"val": [good(9), good(9)]}, "val must be one dataset, .* list .*ConcatDataset"),
+        (None, {"val": {"a": good(9)}}, "val must be one dataset, .* dict .*ConcatDataset"),
+        (None, {"reference": good(9), "val": [good(9)]}, "val must be one dataset"),
+        (None, {"test": (good(9), good(9))}, "test must be one dataset, .* tuple"),
         (None, {"val": TensorDataset(torch.empty(0, 2))}, "val is empty"),
         (None, {"reference": TensorDataset(torch.empty(0, 2))}, "reference is empty"),
         (
@@ -160,6 +177,19 @@ def test_other_loaders_exist_only_for_what_was_given():
     assert len(datamodule.test_dataloader().dataset) == 10
     with pytest.raises(Exception, match="predict_dataloader` must be implemented"):
         datamodule.predict_dataloader()
+
+
+def test_other_loaders_than_that_of_the_reference_may_be_of_streams():
+    datamodule = make(reference=good(20), val=Stream(), test=Counted())
+    assert datamodule.val_dataloader().dataset.__class__ is Stream
+    assert datamodule.test_dataloader().dataset.__class__ is Counted
+
+
+def test_a_list_of_samples_is_a_dataset():
+    samples = [(torch.zeros(2), 0)] * 9
+    datamodule = make({"a": samples}, val=samples, budget=3)
+    assert datamodule.reference is samples
+    assert datamodule.pools.sizes == [9]
 
 
 def test_printing_it_is_harmless():

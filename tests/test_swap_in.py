@@ -767,6 +767,13 @@ class Stream(IterableDataset):
         return iter([])
 
 
+class NoLength(Dataset):
+    """Samples like those of training, without end."""
+
+    def __getitem__(self, index):
+        return torch.zeros(WIDTH), torch.tensor(0)
+
+
 class Validating(BoringDataModule):
     """Its validation loaders are made of what it is given, out of the training set."""
 
@@ -815,6 +822,7 @@ def test_several_validation_sets_are_the_reference_but_not_the_training_set():
         (lambda train: [good(20, 5), Renamed()], r"\(TensorDataset, Renamed\)"),
         (lambda train: [good(20, 5), Stream()], r"\(TensorDataset, Stream\)"),
         (lambda train: [train], r"\(TensorDataset\)"),
+        (lambda train: [NoLength()], r"\(NoLength\)"),
     ],
 )
 def test_validation_data_that_cannot_be_the_reference_is_told(datasets, kinds):
