@@ -1,7 +1,7 @@
 """Lightning's hooks turned into rounds of selection."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
@@ -21,7 +21,14 @@ from lightning_dvc.capture.sharding import unsharded
 from lightning_dvc.capture.trial import Trial, try_out
 from lightning_dvc.datamodule import DVCDataModule
 from lightning_dvc.distributed import Group
-from lightning_dvc.errors import ConfigurationError, ObjectiveError, StateError, check_settings
+from lightning_dvc.errors import (
+    ConfigurationError,
+    ObjectiveError,
+    StateError,
+    check_settings,
+    is_number,
+    is_whole,
+)
 from lightning_dvc.policy.plan import Plan, plan_rounds
 from lightning_dvc.randomness import torch_stream
 from lightning_dvc.records import BadSample, Choice
@@ -79,7 +86,7 @@ class DVCCallback(Callback):
             not finite: ``"set_aside"``, or ``"raise"``.
 
     Raises:
-        ConfigurationError: If a setting is out of range, or the strategy learns from a score and
+        ConfigurationError: If a setting cannot work, or the strategy learns from a score and
             ``monitor`` is not given. When a fit begins, if trainer, datamodule or module cannot
             work with selection.
 
@@ -103,27 +110,43 @@ class DVCCallback(Callback):
         on_bad_sample: Literal["set_aside", "raise"] = "set_aside",
     ) -> None:
         check_settings(
+            (
+                "strategy",
+                strategy,
+                strategy is None or _chooses(strategy),
+                "an object that chooses, such as DVC() or Random(), or None",
+            ),
             ("mode", mode, mode in ("max", "min"), "'max' or 'min'"),
             (
                 "every_n_epochs",
                 every_n_epochs,
-                every_n_epochs is None or every_n_epochs >= 1,
-                "at least 1",
+                every_n_epochs is None or is_whole(every_n_epochs, least=1),
+                "at least 1, a whole number, or None",
             ),
             (
                 "max_overhead",
                 max_overhead,
-                max_overhead is None or 0 < max_overhead <= 1,
+                max_overhead is None or (is_number(max_overhead) and 0 < max_overhead <= 1),
                 "in (0, 1], or None",
+            ),
+            (
+                "layers",
+                layers,
+                layers is None or _are_names(layers),
+                "a list of names, at least one, or None for all",
             ),
             (
                 "score_batch_size",
                 score_batch_size,
-                score_batch_size == "auto"
-                or (isinstance(score_batch_size, int) and score_batch_size >= 1),
-                "at least 1, or 'auto'",
+                score_batch_size == "auto" or is_whole(score_batch_size, least=1),
+                "at least 1, or 'auto', and a whole number",
             ),
-            ("exact_numbers", exact_numbers, exact_numbers >= 0, "at least 0"),
+            (
+                "exact_numbers",
+                exact_numbers,
+                is_number(exact_numbers) and exact_numbers >= 0,
+                "at least 0",
+            ),
             (
                 "on_bad_sample",
                 on_bad_sample,
@@ -131,7 +154,7 @@ class DVCCallback(Callback):
                 "'set_aside' or 'raise'",
             ),
         )
-        self.strategy: Strategy = strategy or DVC()
+        self.strategy: Strategy = DVC() if strategy is None else strategy
         if self.strategy.learns_from_score and monitor is None:
             raise ConfigurationError(
                 f"{type(self.strategy).__name__} learns from the validation score, but monitor is "
@@ -139,7 +162,7 @@ class DVCCallback(Callback):
             )
         self.monitor = monitor
         self.mode = mode
-        self.every_n_epochs = every_n_epochs
+        self.every_n_epochs = None if every_n_epochs is None else int(every_n_epochs)
         self.max_overhead = max_overhead
         self.objective = objective
         self.layers = layers
@@ -577,3 +600,13 @@ class DVCCallback(Callback):
             **logs.figures_of(choice, datamodule.pools.names, counts),
         }
         logs.tell(trainer, figures)
+
+
+def _chooses(strategy: object) -> bool:
+    """Whether this is a strategy, and not the class of one."""
+    return callable(getattr(strategy, "choose", None)) and not isinstance(strategy, type)
+
+
+def _are_names(layers: Any) -> bool:
+    several = isinstance(layers, Collection) and not isinstance(layers, str)
+    return several and len(layers) > 0 and all(isinstance(name, str) for name in layers)

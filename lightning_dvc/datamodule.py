@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, default_collate
 from typing_extensions import override
 
 from lightning_dvc import trainer_bridge
-from lightning_dvc.errors import ConfigurationError, StateError, check_settings
+from lightning_dvc.errors import ConfigurationError, StateError, check_settings, is_number, is_whole
 from lightning_dvc.loaders import LoaderSettings
 from lightning_dvc.policy.budget import resolve_budget, warm_up_counts
 from lightning_dvc.policy.plan import Plan, planned_steps
@@ -59,7 +59,7 @@ class DVCDataModule(LightningDataModule):
             ``(0, 1]`` if a float, a count if an int.
         batch_size: Samples in a batch of every loader.
         num_workers: Worker processes of every loader.
-        collate_fn: Makes a batch of a list of samples.
+        collate_fn: Makes a batch of a list of samples; torch's ``default_collate`` when not given.
         pin_memory: Whether loaders copy batches to pinned memory.
         seed: Of every draw and of the order of samples, at least 0.
         warmup: Part of the budget to start with, in ``(0, 1]``.
@@ -90,7 +90,7 @@ class DVCDataModule(LightningDataModule):
         reference: AnyDataset | None = None,
         batch_size: int = 32,
         num_workers: int = 0,
-        collate_fn: Callable[[list[Any]], Any] = default_collate,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
         pin_memory: bool = False,
         seed: int = 0,
         warmup: float = 0.03,
@@ -101,9 +101,9 @@ class DVCDataModule(LightningDataModule):
         self.loading = LoaderSettings(
             batch_size=batch_size,
             num_workers=num_workers,
-            collate_fn=collate_fn,
+            collate_fn=collate_fn or default_collate,
             pin_memory=pin_memory,
-            persistent_workers=num_workers > 0,
+            persistent_workers=bool(num_workers),
         )
         self._open(sources)
         name, held_out = ("val", val) if reference is None else ("reference", reference)
@@ -122,15 +122,26 @@ class DVCDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         check_settings(
-            ("seed", seed, seed >= 0, "at least 0"),
-            ("warmup", warmup, 0 < warmup <= 1, "greater than 0 and at most 1"),
-            ("rounds", rounds, rounds >= 1, "at least 1"),
-            ("oversample", oversample, 1 <= oversample < math.inf, "at least 1"),
+            ("seed", seed, is_whole(seed, least=0), "at least 0, a whole number"),
+            (
+                "warmup",
+                warmup,
+                is_number(warmup) and 0 < warmup <= 1,
+                "greater than 0 and at most 1",
+            ),
+            ("rounds", rounds, is_whole(rounds, least=1), "at least 1, a whole number"),
+            (
+                "oversample",
+                oversample,
+                is_number(oversample) and 1 <= oversample < math.inf,
+                "at least 1",
+            ),
         )
-        self.seed = seed
-        self.warmup = warmup
-        self.rounds = rounds
-        self.oversample = oversample
+        # Plain numbers, which a checkpoint can hold.
+        self.seed = int(seed)
+        self.warmup = float(warmup)
+        self.rounds = int(rounds)
+        self.oversample = float(oversample)
         self.loading = LoaderSettings()
         self._given_budget = budget
         self._record = SelectionRecord()
@@ -355,14 +366,15 @@ class DVCDataModule(LightningDataModule):
         Of a wrapped datamodule, those of the training loader, known after ``setup("fit")``.
 
         Raises:
-            ConfigurationError: If set to less than 1.
+            ConfigurationError: If set to anything but a whole number of at least 1; then nothing
+                has changed.
         """
         return self.loading.batch_size
 
     @batch_size.setter
     def batch_size(self, size: int) -> None:
-        self._batch_size = size
         self.loading = replace(self.loading, batch_size=size)
+        self._batch_size = self.loading.batch_size
         self._train_loader = None
 
     def planned_steps(self, trainer: Trainer) -> int:
@@ -558,7 +570,7 @@ class DVCDataModule(LightningDataModule):
             self._saved = state_dict
             return
         budget, budget_of = self.budget, state_dict["budget_of"]
-        if isinstance(self._given_budget, float):
+        if not is_whole(self._given_budget, least=1):
             budget = resolve_budget(self._given_budget, budget_of)
         n_selected = len(state_dict["record"]["ids"])
         if self._adopted and not torch.equal(state_dict["record"]["ids"], self._record.ids):

@@ -4,6 +4,8 @@ Every message says what was expected, what came, and what to do. All of them der
 :class:`DVCError`, so one ``except`` clause separates our refusals from somebody else's bugs.
 """
 
+from numbers import Integral, Real
+
 
 class DVCError(Exception):
     """Base class of every error that this library raises on purpose."""
@@ -35,6 +37,26 @@ class StateError(DVCError, RuntimeError):
 
 class ProcessError(DVCError, RuntimeError):
     """Another process failed while all worked on one round."""
+
+
+def is_whole(value: object, least: int) -> bool:
+    """Whether a setting is a whole number, also one of numpy's, and at least so large.
+
+    Example:
+        >>> is_whole(3, least=1), is_whole(3.0, least=1), is_whole(True, least=1)
+        (True, False, False)
+    """
+    return is_number(value) and isinstance(value, Integral) and int(value) >= least
+
+
+def is_number(value: object) -> bool:
+    """Whether a setting is a number, also one of numpy's, so that it can be compared.
+
+    Example:
+        >>> is_number(0.5), is_number(3), is_number("3"), is_number(True)
+        (True, True, False, False)
+    """
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def check_settings(*checks: tuple[str, object, bool, str]) -> None:

@@ -20,7 +20,7 @@ from torch.utils.data import (
     get_worker_info,
 )
 
-from lightning_dvc.errors import ConfigurationError
+from lightning_dvc.errors import ConfigurationError, is_whole
 from lightning_dvc.sampler import SelectionSampler
 
 _PLAIN_SAMPLERS: Final = (
@@ -58,7 +58,8 @@ class LoaderSettings:
     """Settings of a :class:`torch.utils.data.DataLoader`, under the same names.
 
     Raises:
-        ConfigurationError: If the batch size is below 1 or the number of workers below 0.
+        ConfigurationError: If the batch size is no whole number of at least 1, or the number of
+            workers none of at least 0.
 
     Example:
         >>> LoaderSettings(batch_size=2).loader([1, 2, 3]).batch_size
@@ -77,11 +78,13 @@ class LoaderSettings:
     persistent_workers: bool = False
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.num_workers < 0:
+        if not (is_whole(self.batch_size, least=1) and is_whole(self.num_workers, least=0)):
             raise ConfigurationError(
-                "a loader needs batch_size >= 1 and num_workers >= 0, but got "
-                f"batch_size={self.batch_size} and num_workers={self.num_workers}; change them"
+                "a loader needs whole numbers batch_size >= 1 and num_workers >= 0, but got "
+                f"batch_size={self.batch_size!r} and num_workers={self.num_workers!r}; change them"
             )
+        for name in ("batch_size", "num_workers"):  # torch refuses those of numpy
+            object.__setattr__(self, name, int(getattr(self, name)))
 
     def of_workers(self, batch_size: int) -> dict[str, Any]:
         """What other loaders need to have workers that are set up like those of this one.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from lightning_dvc.errors import ConfigurationError, StateError
+from lightning_dvc.errors import ConfigurationError, StateError, is_number
 from lightning_dvc.randomness import stream
 
 if TYPE_CHECKING:
@@ -64,12 +64,13 @@ class Source:
 
     def __post_init__(self) -> None:
         check_map_style(self.dataset, "a source")
-        if not 0 <= self.min_share <= self.max_share <= 1:
+        shares = (self.min_share, self.max_share)
+        if not (all(map(is_number, shares)) and 0 <= self.min_share <= self.max_share <= 1):
             raise ConfigurationError(
                 "shares of a source must satisfy 0 <= min_share <= max_share <= 1, but got "
-                f"min_share={self.min_share}, max_share={self.max_share}"
+                f"min_share={self.min_share!r}, max_share={self.max_share!r}"
             )
-        if not 0 < self.cost < math.inf:
+        if not (is_number(self.cost) and 0 < self.cost < math.inf):
             raise ConfigurationError(
                 f"cost of a source must be positive and finite, but is {self.cost!r}; give what "
                 "one of its samples costs, in the unit of the other sources' costs"

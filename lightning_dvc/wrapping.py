@@ -17,7 +17,7 @@ from typing_extensions import override
 from lightning_dvc import trainer_bridge
 from lightning_dvc.capture.guard import preserve_random_state
 from lightning_dvc.datamodule import DVCDataModule, Sources, SourcesInside, checked_reference
-from lightning_dvc.errors import ConfigurationError
+from lightning_dvc.errors import ConfigurationError, is_number
 from lightning_dvc.loaders import dataset_of, settings_of
 from lightning_dvc.pools import is_map_style
 from lightning_dvc.selection import Selection
@@ -63,7 +63,7 @@ class WrappingDataModule(DVCDataModule):
             budget = max(len(selection), 1)
         assert budget is not None, "checked above"
         # LightningCLI may read a count as a float, where None is allowed too.
-        if budget > 1 and float(budget).is_integer():
+        if is_number(budget) and budget > 1 and float(budget).is_integer():
             budget = int(budget)
         self._start(budget, seed, warmup, rounds, oversample)
         self.wrapped = datamodule

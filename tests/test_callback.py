@@ -353,11 +353,36 @@ def test_a_strategy_that_learns_needs_a_score():
         ({"score_batch_size": 2.5}, "score_batch_size must be at least 1, or 'auto'"),
         ({"exact_numbers": -1}, "exact_numbers must be at least 0"),
         ({"on_bad_sample": "ignore"}, "'set_aside' or 'raise'"),
+        ({"every_n_epochs": 1.5}, "every_n_epochs must be at least 1, a whole number, .* is 1.5"),
+        ({"every_n_epochs": "2"}, "every_n_epochs must be at least 1, a whole number, .* is '2'"),
+        ({"score_batch_size": True}, "score_batch_size must be at least 1, or 'auto', .* is True"),
+        ({"exact_numbers": "a"}, "exact_numbers must be at least 0, but is 'a'"),
+        ({"max_overhead": "x"}, r"max_overhead must be in \(0, 1\], or None, but is 'x'"),
+        ({"layers": "body"}, r"layers must be a list of names.*, but is 'body'"),
+        ({"layers": []}, r"layers must be a list of names.*, but is \[\]"),
+        ({"layers": [nn.Linear(1, 1)]}, r"layers must be a list of names.*, but is \[Linear"),
+        ({"strategy": "dvc"}, r"strategy must be .* such as DVC\(\).*, but is 'dvc'"),
+        ({"strategy": DVC}, r"strategy must be .* such as DVC\(\).*, but is <class "),
+        ({"strategy": 0}, r"strategy must be .* such as DVC\(\).*, but is 0"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(ConfigurationError, match=message):
         DVCCallback(**settings)
+
+
+def test_numbers_may_be_those_of_numpy(tmp_path):
+    given = {"budget": 40, "batch_size": 8, "rounds": 2, "seed": 3, "warmup": 0.25, "oversample": 2}
+    datamodule, _, callback = fit(make(**given), callback=DVCCallback(every_n_epochs=2))
+    kinds = [np.int64, np.int32, np.int16, np.uint8, np.float32, np.float64]
+    given = {name: kind(value) for (name, value), kind in zip(given.items(), kinds, strict=True)}
+    of_numpy = DVCCallback(every_n_epochs=np.int64(2), score_batch_size=np.int64(512))
+    same, _, _ = fit(make(**given), callback=of_numpy)
+    assert same.selected_ids.tolist() == datamodule.selected_ids.tolist()
+    state = {"datamodule": same.state_dict(), "callback": of_numpy.state_dict()}
+    torch.save(state, tmp_path / "state.pt")
+    saved = torch.load(tmp_path / "state.pt", weights_only=True)["callback"]
+    assert saved["plan"] == callback.state_dict()["plan"]
 
 
 def test_a_missing_score_that_shows_late_is_an_error_too():

@@ -1,7 +1,10 @@
+import math
+
+import numpy as np
 import pytest
 import torch
 from helpers.problems import Net, good, trainer, wrong
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
 from lightning_dvc import DVCDataModule, Source
 from lightning_dvc.errors import ConfigurationError, StateError
@@ -62,6 +65,21 @@ class NoLength(Dataset):
         (None, {"warmup": 0.0}, "warmup must be greater than 0"),
         (None, {"rounds": 0}, "rounds must be at least 1"),
         (None, {"oversample": 0.5}, "oversample must be at least 1"),
+        (None, {"budget": None}, "a fraction .* or a count .* None"),
+        (None, {"batch_size": None}, "whole numbers batch_size >= 1 .* got batch_size=None"),
+        (None, {"batch_size": "8"}, "whole numbers batch_size >= 1 .* got batch_size='8'"),
+        (None, {"batch_size": 8.0}, "whole numbers batch_size >= 1 .* got batch_size=8.0"),
+        (None, {"batch_size": True}, "whole numbers batch_size >= 1 .* got batch_size=True"),
+        (None, {"num_workers": "2"}, "num_workers >= 0, but got .* num_workers='2'"),
+        (None, {"num_workers": None}, "num_workers >= 0, but got .* num_workers=None"),
+        (None, {"seed": None}, "seed must be at least 0, a whole number, but is None"),
+        (None, {"seed": 1.5}, "seed must be at least 0, a whole number, but is 1.5"),
+        (None, {"warmup": None}, "warmup must be greater than 0 and at most 1, but is None"),
+        (None, {"rounds": "x"}, "rounds must be at least 1, a whole number, but is 'x'"),
+        (None, {"rounds": 2.5}, "rounds must be at least 1, a whole number, but is 2.5"),
+        (None, {"rounds": True}, "rounds must be at least 1, a whole number, but is True"),
+        (None, {"oversample": "x"}, "oversample must be at least 1, but is 'x'"),
+        (None, {"oversample": math.inf}, "oversample must be at least 1, but is inf"),
         (None, {"val": Stream()}, "val needs __len__"),
         (None, {"val": Counted()}, "val needs __len__ .* got Counted"),
         (None, {"reference": Counted()}, "reference needs __len__ .* got Counted"),
@@ -106,7 +124,13 @@ def test_training_without_a_callback_is_refused():
 # --- the warm-up and the loader ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("budget", "count"), [(0.5, 50), (1.0, 100), (1, 1), (100, 100)])
+@pytest.mark.parametrize(
+    ("budget", "count"),
+    [
+        *[(0.5, 50), (1.0, 100), (1, 1), (100, 100)],
+        *[(np.int64(20), 20), (np.uint8(1), 1), (np.float64(0.2), 20), (np.float32(0.2), 20)],
+    ],
+)
 def test_budget_is_a_fraction_or_a_count(budget, count):
     assert make(budget=budget).budget == count
 
@@ -295,7 +319,9 @@ def test_a_source_may_be_added_before_training_is_set_up():
     assert datamodule.arm_counts().tolist() == [4, 4, 4]
 
 
-@pytest.mark.parametrize(("budget", "expected"), [(0.3, 30), (30, 30)])
+@pytest.mark.parametrize(
+    ("budget", "expected"), [(0.3, 30), (30, 30), (np.float32(0.3), 30), (np.int32(30), 30)]
+)
 def test_a_budget_stays_what_it_was_when_sources_are_added(budget, expected):
     datamodule = ready(budget=budget)
     saved = datamodule.state_dict()  # before
@@ -354,6 +380,20 @@ def test_saved_selection_of_other_sources_is_refused(sources, message):
     selection = ready(warmup=1.0).selection
     with pytest.raises(StateError, match=message):
         DVCDataModule.from_selection(selection, sources)
+
+
+def test_a_batch_size_that_is_refused_is_not_set():
+    datamodule = make()
+    with pytest.raises(ConfigurationError, match="got batch_size=0"):
+        datamodule.batch_size = 0
+    assert datamodule.batch_size == 8
+    datamodule.setup("fit")
+    assert datamodule.train_dataloader().batch_size == 8
+
+
+def test_batches_are_made_as_torch_does_unless_told_otherwise():
+    for given in ({}, {"collate_fn": None}):
+        assert make(**given).loading.collate_fn is default_collate
 
 
 def test_loader_settings_reach_every_loader():

@@ -437,6 +437,19 @@ def test_costs_out_of_range_are_refused(cost):
         Source(Numbered(1), cost=cost)
 
 
+@pytest.mark.parametrize("settings", [{"min_share": "x"}, {"max_share": None}, {"cost": "much"}])
+def test_shares_and_costs_that_are_no_numbers_are_refused(settings):
+    ((name, value),) = settings.items()
+    with pytest.raises(ConfigurationError, match=f"{name}.*{value!r}"):
+        Source(Numbered(1), **settings)
+
+
+def test_shares_and_costs_may_be_numbers_of_numpy():
+    settings = {"min_share": np.float32(0.25), "max_share": np.int64(1), "cost": np.float64(2)}
+    source = Source(Numbered(1), **settings)
+    assert (source.min_share, source.max_share, source.cost) == (0.25, 1, 2)
+
+
 def test_a_sample_costs_one_unless_told_otherwise():
     pools = Pools({"plain": Numbered(1), "dear": Source(Numbered(1), cost=2.5)})
     assert [source.cost for source in pools.sources.values()] == [1.0, 2.5]

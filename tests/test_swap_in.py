@@ -1024,6 +1024,8 @@ def test_a_count_may_have_been_read_as_a_float():
     assert set_up(BoringDataModule(), budget=20.0).budget == 20
     with pytest.raises(ConfigurationError, match=r"but is 1\.5"):
         set_up(BoringDataModule(), budget=1.5)
+    with pytest.raises(ConfigurationError, match=r"or a count .* 'many'"):
+        set_up(BoringDataModule(), budget="many")
 
 
 def test_separate_datasets_need_not_be_in_the_training_set():

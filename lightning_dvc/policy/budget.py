@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
 
-from lightning_dvc.errors import ConfigurationError
+from lightning_dvc.errors import ConfigurationError, is_number
 from lightning_dvc.policy.apportion import apportion
 
 _ROUNDING = 1e-9
@@ -29,19 +30,20 @@ def resolve_budget(budget: int | float, n_samples: int) -> int:
         >>> resolve_budget(0.2, 1000), resolve_budget(150, 1000)
         (200, 150)
     """
-    if isinstance(budget, bool) or not isinstance(budget, int | float) or not math.isfinite(budget):
+    if not (is_number(budget) and math.isfinite(budget)):
         raise ConfigurationError(
             f"budget must be a fraction of all samples (a float in (0, 1]) or a count (an int), "
             f"but is {budget!r}; pass 0.2 for a fifth, or 1000 for a thousand samples"
         )
-    count = budget if isinstance(budget, int) else round(budget * n_samples)
-    most: float = n_samples if isinstance(budget, int) else 1.0
+    is_count = isinstance(budget, Integral)
+    count = int(budget) if is_count else round(float(budget) * n_samples)
+    most: float = n_samples if is_count else 1.0
     if not 0 < budget <= most:
         raise ConfigurationError(
             f"budget must be above 0 and at most {most} ({n_samples} samples in the sources), but "
             f"is {budget!r}; pass a float in (0, 1] for a fraction or an int for a count"
         )
-    return max(1, int(count))
+    return max(1, count)
 
 
 def warm_up_counts(
