@@ -393,21 +393,32 @@ class DVCCallback(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so if the run was too short to spend the budget."""
         self._short_epochs.close()  # where nothing was trained
+        has_trained = self._started > 0
         self._seconds_before, self._started = self._training_seconds, 0.0
         datamodule = self._datamodule(trainer)
         n_selected = len(datamodule.selected_ids)
-        if n_selected < datamodule.budget and not trainer_bridge.is_trial_run(trainer):
-            remedy = (
-                "Give it more epochs, or set rounds= of the datamodule or every_n_epochs= of the "
-                "callback lower."
-                if self.rounds_done < self._n_rounds
-                else "There was no more to select: look at max_share of the sources, and at "
-                "selection.set_aside of the datamodule."
-            )
+        was_to_select = has_trained and not trainer_bridge.is_trial_run(trainer)
+        if was_to_select and n_selected < datamodule.budget:
             rank_zero_warn(
                 f"The run ended with {n_selected} of a budget of {datamodule.budget} samples "
-                f"selected, after {self.rounds_done} of {self._n_rounds} rounds. {remedy}"
+                f"selected, after {self.rounds_done} of {self._n_rounds} rounds. "
+                f"{self._remedy(trainer)}"
             )
+
+    def _remedy(self, trainer: Trainer) -> str:
+        """What would have spent the budget."""
+        if self.rounds_done >= self._n_rounds:
+            return (
+                "There was no more to select: look at max_share of the sources, and at "
+                "selection.set_aside of the datamodule."
+            )
+        fewer = "set rounds= of the datamodule or every_n_epochs= of the callback lower."
+        if trainer.should_stop and trainer.current_epoch != trainer.max_epochs:
+            return (
+                "Give it more epochs: it was stopped before its last one, as by EarlyStopping, so "
+                f"set min_epochs= of the Trainer, or more patience. Or {fewer}"
+            )
+        return f"Give it more epochs, or {fewer}"
 
     @override
     def on_exception(

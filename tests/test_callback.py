@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.problems import WIDTH, Faulty, Net, good, repeated, trainer, wrong
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -330,6 +330,41 @@ def test_a_budget_that_cannot_be_spent_is_told_with_what_keeps_it():
     assert len(datamodule.selected_ids) == 99
     with pytest.warns(UserWarning, match="after 1 of 3 rounds. Give it more epochs"):
         fit(max_epochs=4, callbacks=[StopAfter(1)])
+
+
+class Impatient(Net):
+    """Logs a score that never gets better."""
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_acc", 0.0)
+
+
+def test_a_run_that_was_stopped_early_is_told_so():
+    stopping = EarlyStopping("val_acc", mode="max", patience=2)
+    with pytest.warns(UserWarning, match="Give it more epochs: it was stopped before .*min_epochs"):
+        _, _, callback = fit(make(rounds=6), Impatient(), callbacks=[stopping], max_epochs=9)
+    assert callback.rounds_done == 3
+    stopping = EarlyStopping("val_acc", mode="max", patience=2)
+    settings = {"max_epochs": 9, "min_epochs": 6}  # what was advised
+    datamodule, _, _ = fit(make(rounds=6), Impatient(), callbacks=[stopping], **settings)
+    assert len(datamodule.selected_ids) == 120
+
+
+def test_a_run_that_its_own_limit_ended_was_not_stopped():
+    with pytest.warns(UserWarning, match="Give it more epochs: it was stopped"):
+        parts = fit(make(rounds=6), max_epochs=6, callbacks=[StopAfter(1)])
+    with pytest.warns(UserWarning, match="after 3 of 6 rounds. Give it more epochs, or set rounds"):
+        fit(*parts, max_epochs=2, callbacks=[StopAfter(2)])
+
+
+@pytest.mark.parametrize("settings", [{"max_epochs": 0}, {"limit_train_batches": 0}])
+def test_a_run_that_trains_nothing_is_not_told_to_select(settings):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _, net, callback = fit(**settings)
+    assert net.seen == {}
+    assert callback.rounds_done == 0
+    assert [str(entry.message) for entry in caught if "The run ended" in str(entry.message)] == []
 
 
 def test_a_strategy_that_learns_needs_a_score():
