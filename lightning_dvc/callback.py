@@ -32,7 +32,7 @@ from lightning_dvc.errors import (
 from lightning_dvc.policy.plan import Plan, plan_rounds
 from lightning_dvc.randomness import torch_stream
 from lightning_dvc.records import BadSample, Choice
-from lightning_dvc.strategies.base import Round, Strategy
+from lightning_dvc.strategies.base import Round, Stateless, Strategy
 from lightning_dvc.strategies.dvc import DVC
 from lightning_dvc.timing import Stopwatch
 
@@ -43,6 +43,8 @@ _LARGEST_BATCH: Final = 512
 # Alone on an accelerator, where the number of calls is what costs. Several processes would have too
 # few batches to divide, and worker processes hold several batches each.
 _LARGEST_ON_DEVICE: Final = 2048
+_Layers = dict[str, list[int]]
+"""Names of the captured layers, in the order of the forward pass, and shapes of their weights."""
 # Attribute of a strategy: the datamodule whose samples it remembers.
 _SERVES: Final = "_serves"
 
@@ -52,6 +54,9 @@ class DVCCallback(Callback):
 
     A round takes place at the start of an epoch, beginning with the first, and what it selects is
     trained on in that very epoch. The user's module is looked at as it is, and left as it was.
+
+    Another fit with the same callback and datamodule goes on with what is selected, and with what
+    was learnt about it, so it is meant for the same model: for another one, make both anew.
 
     Args:
         strategy: How to choose; :class:`~lightning_dvc.DVC` with its defaults when not given.
@@ -178,8 +183,9 @@ class DVCCallback(Callback):
         self._owner: DVCDataModule | None = None
         self._stage: str | None = None
         self._probe: Probe | None = None
-        # Of the run that was resumed: captured layers, the budget, samples that memory took.
-        self._layers_before: list[str] | None = None
+        # Of the run that was resumed: the budget, samples that memory took, captured layers; these
+        # also of the fit before this one.
+        self._layers_before: _Layers | None = None
         self._budget_before = 0
         self._fits: int | None = None
         self._short_epochs = ExitStack()
@@ -213,6 +219,10 @@ class DVCCallback(Callback):
         self._follow(self._new_plan(trainer, datamodule))
         # A second fit counts its epochs anew; a resumed one overwrites this with what was saved.
         self._last_epoch = -1
+        if self._probe is not None:
+            goes_by_it = self.rounds_done and not isinstance(self.strategy, Stateless)
+            selects = goes_by_it and self._has_rounds_left(datamodule)
+            self._layers_before = _layers_of(self._probe) if selects else None
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -272,14 +282,20 @@ class DVCCallback(Callback):
             own = try_out(probe, datamodule.pools.dataset, ids)
             # All leave out the same layers, though some may read these samples and others not.
             self._leave_out_mixed(probe, group.gather_objects([own])[0])
-        layers = list(probe.captured_layers)
-        # None are known where not one of these samples could be read.
-        if layers and self._layers_before not in (None, layers):
-            raise ConfigurationError(
-                f"the checkpoint was made while the layers {self._layers_before} were captured, "
-                f"but now these are: {layers}; resume with the same model and the same layers=..., "
-                "or start selection anew"
-            )
+        self._check_layers(_layers_of(probe))
+
+    def _check_layers(self, layers: _Layers) -> None:
+        """Refuse to go on with what was learnt of other layers, in a checkpoint or another fit."""
+        before = self._layers_before
+        # None are known where not one of the samples tried could be read.
+        if not layers or before is None or list(layers.items()) == list(before.items()):
+            return
+        raise ConfigurationError(
+            f"expected to go on where the layers {list(before)} were captured, but now these are: "
+            f"{list(layers)}; the shapes of their weights were {before}, and now are {layers}. Go "
+            "on with the same model and the same layers=..., or start selection anew, with a new "
+            "callback and a new datamodule"
+        )
 
     def _leave_out_mixed(self, probe: Probe, trial: Trial) -> None:
         if trial.random:
@@ -441,7 +457,7 @@ class DVCCallback(Callback):
             "plan": self._plan and asdict(self._plan),
             "last_epoch": self._last_epoch,
             "rounds_left_out": self.rounds_left_out,
-            "layers": list(self._probe.captured_layers) if self._probe else None,
+            "layers": _layers_of(self._probe) if self._probe else None,
             "fits": self._probe.fitting if self._probe else None,
             "seconds": dict(self.watch.seconds),
             "training_seconds": self._training_seconds,
@@ -545,10 +561,13 @@ class DVCCallback(Callback):
 
     def _is_due(self, datamodule: DVCDataModule, epoch: int) -> bool:
         assert self._plan is not None, "made in setup"
+        is_time = epoch != self._last_epoch and epoch % self._plan.period == 0
+        return is_time and self._has_rounds_left(datamodule)
+
+    def _has_rounds_left(self, datamodule: DVCDataModule) -> bool:
         planned = self.rounds_done < self._n_rounds
         wanted = planned and len(datamodule.selected_ids) < datamodule.budget
-        is_time = epoch != self._last_epoch and epoch % self._plan.period == 0
-        return is_time and not datamodule.is_adopted and (wanted or self.strategy.refines)
+        return not datamodule.is_adopted and (wanted or self.strategy.refines)
 
     @property
     def _training_seconds(self) -> float:
@@ -611,6 +630,11 @@ class DVCCallback(Callback):
             **logs.figures_of(choice, datamodule.pools.names, counts),
         }
         logs.tell(trainer, figures)
+
+
+def _layers_of(probe: Probe) -> _Layers:
+    weights = {name: getattr(x, "weight", None) for name, x in probe.captured_layers.items()}
+    return {name: [] if w is None else list(w.shape) for name, w in weights.items()}
 
 
 def _chooses(strategy: object) -> bool:

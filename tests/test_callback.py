@@ -309,6 +309,64 @@ def test_a_callback_serves_one_datamodule():
         fit(make(), callback=callback)
 
 
+class Deeper(Net):
+    def __init__(self, width=16, deep=True):
+        super().__init__()
+        self.body, self.head = nn.Linear(WIDTH, width), nn.Linear(width, 3)
+        self.middle = nn.Linear(width, width) if deep else nn.Identity()
+
+    def forward(self, x):
+        return self.head(self.middle(self.body(x)).relu())
+
+
+def frozen(net):
+    net.body.requires_grad_(False)
+    return net
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (lambda net: Deeper(32, deep=False), r"now .*'body': \[32, 8\], 'head': \[3, 32\]"),
+        (lambda net: Deeper(), r"\['body', 'head'\] were captured, but now .*'middle'"),
+        (frozen, r"\['body', 'head'\] were captured, but now .*\{'head': \[3, 16\]\}"),
+    ],
+)
+def test_another_fit_that_would_select_by_other_layers_is_refused(other, message):
+    refining = DVCCallback(DVC(refine=True))
+    datamodule, net, _ = fit(callback=refining)
+    other = other(net)
+    other.seen = {}
+    with pytest.raises(ConfigurationError, match=f"{message}.*new callback and a new datamodule"):
+        fit(datamodule, other, refining)
+    assert other.seen == {}
+
+
+def test_another_fit_of_the_same_model_goes_on_refining_also_after_a_test():
+    refining = DVCCallback(DVC(refine=True), every_n_epochs=1)
+    datamodule, net, _ = fit(make(test=good(20, seed=8)), callback=refining)
+    trainer(callbacks=[refining]).test(net, datamodule, verbose=False)
+    fit(datamodule, net, refining)
+    assert refining.rounds_done == 8
+
+
+@pytest.mark.parametrize("other", [lambda net: Deeper(32), frozen])
+def test_a_full_selection_may_be_trained_on_by_a_model_of_other_layers(other):
+    datamodule, net, callback = fit(callback=DVCCallback())
+    ids, other = datamodule.selected_ids, other(net)
+    fit(datamodule, other, callback)
+    assert torch.equal(datamodule.selected_ids, ids)
+    assert sum(other.seen[3]) >= 120
+
+
+@pytest.mark.filterwarnings("ignore:The run ended with:UserWarning")
+def test_a_strategy_that_remembers_nothing_goes_on_with_other_layers():
+    parts = fit(make(rounds=4), callback=DVCCallback(Random()), callbacks=[StopAfter(2)])
+    datamodule, _, callback = fit(parts[0], Deeper(), parts[2])
+    assert callback.rounds_done == 4
+    assert len(datamodule.selected_ids) == 120
+
+
 @pytest.mark.filterwarnings("ignore:The run ended with:UserWarning")
 def test_a_second_fit_goes_on_selecting():
     datamodule, _, callback = fit(
