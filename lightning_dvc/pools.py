@@ -307,6 +307,8 @@ class Pools:
         status = self._status[start:stop]
         free = int(self._free[arm])
         count = min(count, free)
+        if count == 0:
+            return torch.empty(0, dtype=torch.int64)
         generator = stream(self.seed, purpose, arm, *numbers)
         if count > free // 2 or free < _SCAN_BELOW * len(status):
             chosen = generator.choice(np.flatnonzero(status == FREE), size=count, replace=False)

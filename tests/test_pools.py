@@ -248,6 +248,16 @@ def test_a_draw_of_the_last_free_samples_looks_at_each_once():
     assert Counted.touched == 100_000
 
 
+def test_nothing_is_drawn_without_a_look():
+    pools = with_free(100_000, [])
+    pools._status = pools._status.view(Counted)
+    Counted.touched = 0
+    for count in (0, 10):
+        drawn = pools.draw(0, count, "none")
+        assert (drawn.tolist(), drawn.dtype) == ([], torch.int64)
+    assert Counted.touched == 0
+
+
 # -- states of samples
 
 

@@ -901,7 +901,7 @@ def test_a_column_is_found_in_parts_and_in_what_was_put_together():
     table = texts(6, seed=0)
     both = ConcatDataset([Subset(table, [1, 0, 3]), table])
     parts = split_by(both, "domain")
-    assert {name: part.indices for name, part in parts.items()} == {
+    assert {name: list(part.indices) for name, part in parts.items()} == {
         "reviews": [0, 2, 4, 6, 8],
         "forum": [1, 3, 5, 7],
     }
@@ -926,7 +926,7 @@ def test_sources_that_are_not_told_are_refused(groups, message):
 
 def test_names_may_be_missing_and_indices_numbers_of_numpy():
     parts = split_by(list("abcd"), np.array(["x", None, "x", 3], dtype=object))
-    assert {name: part.indices for name, part in parts.items()} == {
+    assert {name: list(part.indices) for name, part in parts.items()} == {
         "x": [0, 2],
         "None": [1],
         "3": [3],

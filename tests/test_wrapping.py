@@ -1,12 +1,18 @@
+import pickle
+
+import numpy as np
 import pytest
 import torch
 from helpers.problems import Net, good, trainer, wrong
+from hypothesis import given
+from hypothesis import strategies as st
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import Callback
 from torch.utils.data import (
     BatchSampler,
     ConcatDataset,
     DataLoader,
+    Dataset,
     IterableDataset,
     SequentialSampler,
     WeightedRandomSampler,
@@ -211,6 +217,44 @@ def test_validation_needs_no_pools(tmp_path):
 def test_split_by_names(names):
     parts = split_by(["a", "b", "c"], names)
     assert [[part[i] for i in range(len(part))] for part in parts.values()] == [["a", "c"], ["b"]]
+
+
+@given(st.lists(st.sampled_from("abcde"), min_size=1, max_size=30))
+def test_sources_keep_the_order_of_their_samples_and_of_first_appearance(names):
+    expected = {}
+    for index, name in enumerate(names):
+        expected.setdefault(name, []).append(index)
+    parts = split_by(range(len(names)), names)
+    assert list(parts) == list(expected)
+    assert {name: list(part) for name, part in parts.items()} == expected
+
+
+def test_ranges_stay_ranges_and_other_indices_take_eight_bytes():
+    parts = split_by(range(10), {"first": range(4), "last": range(9, 5, -2), "none": []})
+    assert [parts[name].indices for name in ("first", "last")] == [range(4), range(9, 5, -2)]
+    assert len(parts["none"]) == 0
+    given = [np.array([7, 2]), torch.tensor([7, 2], dtype=torch.int32), [7, 2], (7, 2)]
+    parts = [split_by(range(10), {"some": indices})["some"] for indices in given]
+    parts.append(split_by(range(8), list("aaxaaaax"))["x"])
+    assert [list(part) for part in parts] == [[7, 2]] * 4 + [[2, 7]]
+    assert [memoryview(part.indices).nbytes for part in parts] == [16] * 5
+
+
+class IndexKinds(Dataset):
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        return type(index).__name__, index
+
+
+@pytest.mark.parametrize("workers", [{}, {"num_workers": 1, "multiprocessing_context": "spawn"}])
+def test_datasets_are_asked_for_plain_numbers(workers):
+    for part in split_by(IndexKinds(), [*"xyxyxy"]).values():
+        part = pickle.loads(pickle.dumps(part))
+        (batch,) = DataLoader(part, batch_size=3, collate_fn=list, **workers)
+        assert batch == list(part)
+        assert {kind for kind, _ in batch} == {"int"}
 
 
 def test_a_loader_that_drops_its_last_batch_trains_from_the_first_epoch_on():
