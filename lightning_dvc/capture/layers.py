@@ -321,8 +321,9 @@ class LayerCapture:
     def fingerprints(self, n: int) -> Tensor:
         """What the first captured layer receives, pooled to few positions, ``(n, d)``.
 
-        Images are averaged to at most 8 positions along each axis, sequences to 8. Of tokens it is
-        the mean of fixed random vectors, one for each token, padding left out.
+        Images are averaged to at most 8 positions along each axis, sequences to 8; a series that is
+        shorter before a ``Conv1d`` is followed by zeros. Of tokens it is the mean of fixed random
+        vectors, one for each token, padding left out.
 
         For a model that starts with a captured layer these are the features themselves, so they do
         not change while the model trains.
@@ -335,7 +336,11 @@ class LayerCapture:
         if isinstance(layer, CONVOLUTIONS):
             sides = [min(_FINGERPRINT_SIDE, size) for size in x.shape[2:]]
             x = _AVERAGE[len(sides)](x, sides).flatten(1)
-            return x.reshape(n, -1, x.shape[-1]).mean(1)
+            x = x.reshape(n, -1, x.shape[-1]).mean(1)
+            # Batches of series of other lengths, too, can be compared then. At the end of it all,
+            # zeros leave the hash codes of a series as they are without.
+            missing = _FINGERPRINT_SIDE - sides[0] if len(sides) == 1 else 0
+            return F.pad(x, (0, missing * layer.in_channels))
         if x.ndim == 2 and len(x) == n:
             return x
         x = x.reshape(n, -1, x.shape[-1])

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_dvc.capture.layers import LayerCapture, find_layers
 from lightning_dvc.errors import CaptureError
+from lightning_dvc.memory.near_duplicates import NearDuplicates
 
 CLASSES = 3
 
@@ -410,6 +411,28 @@ def test_fingerprints_of_sequences_have_one_size_whatever_the_length():
     torch.testing.assert_close(found, slow)
     longer = torch.cat([x, x, x], dim=1)
     assert capture(net, longer)[0].fingerprints(5).shape == found.shape
+
+
+def series(length):
+    net = Net({"a": lambda: nn.Conv1d(3, 2, 3, padding=1)}, lambda net, x: net.a(x))
+    x = normal(5, 3, length)
+    return x, capture(net, x)[0].fingerprints(5)
+
+
+@pytest.mark.parametrize("length", [1, 5, 7, 8])
+def test_fingerprints_of_short_series_are_filled_up(length):
+    x, found = series(length)
+    assert found.shape == (5, 24)
+    assert torch.equal(found[:, : 3 * length], x.flatten(1))
+    assert not found[:, 3 * length :].any()
+    # What they are filled up with changes no code.
+    filled, alone = (NearDuplicates(0.1, seed=0).codes(f) for f in (found, x.flatten(1)))
+    assert torch.equal(filled, alone)
+
+
+def test_fingerprints_of_long_series_have_the_size_of_short_ones():
+    x, found = series(12)
+    torch.testing.assert_close(found, F.adaptive_avg_pool1d(x, 8).flatten(1))
 
 
 @pytest.mark.parametrize(("image", "width"), [((16, 24), 64), ((4, 16), 32), ((5, 6), 30)])
