@@ -125,9 +125,14 @@ def _remember_buffers(module: nn.Module) -> _Restore:
     }
 
     def restore() -> None:
-        buffers = {name: recall and recall() for name, recall in before.items()}
-        module._buffers.clear()
-        module._buffers.update(buffers)
+        own = module._buffers
+        if list(own.keys()) != list(before):
+            own.clear()
+        for name, recall in before.items():
+            buffer = recall and recall()
+            # Only what changed: the buffers of TorchScript can be neither removed nor None.
+            if name not in own or own[name] is not buffer:
+                own[name] = buffer
 
     return restore
 
@@ -163,17 +168,23 @@ def _small_tensors(attributes: dict[str, Any]) -> set[str]:
 
 
 def _remember_tensor(tensor: Tensor) -> Callable[[], Tensor]:
-    copy, version = tensor.detach().clone(), tensor._version
+    copy, version = tensor.detach().clone(), _version(tensor)
 
     def recall() -> Tensor:
         # Changes through `.data` do not show in the version, and sparse values cannot be compared.
         compared = tensor.layout is torch.strided
-        if not torch.equal(tensor, copy) if compared else tensor._version != version:
-            with torch.no_grad():
+        if not torch.equal(tensor, copy) if compared else _version(tensor) != version:
+            # One that was made in inference mode can be written to only there.
+            with torch.inference_mode() if tensor.is_inference() else torch.no_grad():
                 tensor.copy_(copy)
         return tensor
 
     return recall
+
+
+def _version(tensor: Tensor) -> object:
+    """A number that changes with the tensor; never the same where torch does not count."""
+    return object() if tensor.is_inference() else tensor._version
 
 
 def _remember(value: Any, seen: set[int]) -> _Restore:

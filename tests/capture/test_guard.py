@@ -262,6 +262,50 @@ def test_large_tensors_kept_as_attributes_are_not_copied(monkeypatch):
     assert max(copied) < 2**20
 
 
+def test_tensors_made_in_inference_mode_are_kept():
+    module = Disturber()
+    with torch.inference_mode():
+        module.queue, module.running = torch.ones(3), torch.ones(2)
+        module.graph = torch.eye(3).to_sparse()
+    before = identities(module)
+    with undisturbed(module), torch.inference_mode():
+        module.queue += 1
+        module.running += 1
+        module.graph.mul_(2)
+    assert identities(module) == before
+    assert module.queue.tolist() == [1, 1, 1]
+    assert module.running.tolist() == [1, 1]
+    assert torch.equal(module.graph.to_dense(), torch.eye(3))
+
+
+class Scripted(nn.Module):
+    """Its forward pass changes one buffer in place, and puts another in the place of a second."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("count", torch.zeros(1))
+        self.register_buffer("last", torch.zeros(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.count += 1
+        self.last = x.detach()
+        return x
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # still in use
+def test_torchscript_is_left_as_it_was():
+    module = nn.Sequential(torch.jit.script(Scripted()), torch.jit.script(nn.BatchNorm1d(2)))
+    with undisturbed(module):
+        module(torch.ones(3, 2))
+        assert not module[1].training
+    assert module[0].count.tolist() == [0]
+    assert module[0].last.tolist() == [0, 0]
+    assert module[1].training
+    module(torch.ones(3, 2))
+    assert module[0].count.tolist() == [1]
+    assert module[1].num_batches_tracked == 1
+
+
 @given(
     draws=st.lists(
         st.sampled_from(["torch", "numpy", "random", "seed torch", "seed numpy"]), max_size=6
