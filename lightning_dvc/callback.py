@@ -14,7 +14,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lightning_dvc import bars, logs, trainer_bridge
-from lightning_dvc.capture.guard import undisturbed
+from lightning_dvc.capture.guard import undisturbed, unheard, unmoved
 from lightning_dvc.capture.objective import UserObjective, resolve_objective
 from lightning_dvc.capture.probe import Probe
 from lightning_dvc.capture.sharding import unsharded
@@ -53,7 +53,8 @@ class DVCCallback(Callback):
     """Selects training samples for a :class:`~lightning_dvc.DVCDataModule` while a model trains.
 
     A round takes place at the start of an epoch, beginning with the first, and what it selects is
-    trained on in that very epoch. The user's module is looked at as it is, and left as it was.
+    trained on in that very epoch. The user's module is looked at as it is, and left as it was; what
+    a ``training_step`` may change that is not put back is in docs/compatibility.md.
 
     Another fit with the same callback and datamodule goes on with what is selected, and with what
     was learnt about it, so it is meant for the same model: for another one, make both anew.
@@ -183,6 +184,7 @@ class DVCCallback(Callback):
         self._owner: DVCDataModule | None = None
         self._stage: str | None = None
         self._probe: Probe | None = None
+        self._moving: set[str] = set()  # parameters that a look at the model moves
         # Of the run that was resumed: the budget, samples that memory took, captured layers; these
         # also of the fit before this one.
         self._layers_before: _Layers | None = None
@@ -278,7 +280,13 @@ class DVCCallback(Callback):
         # Of all sources, whose samples are neighbours.
         ids = ids[:: -(-len(ids) // _TRIAL_SIZE)]
         group = self._group(trainer)
-        with group.agreeing(), unsharded(pl_module), undisturbed(pl_module):
+        with (
+            group.agreeing(),
+            unsharded(pl_module),
+            unheard(trainer),
+            undisturbed(pl_module),
+            unmoved(pl_module) as self._moving,
+        ):
             own = try_out(probe, datamodule.pools.dataset, ids)
             # All leave out the same layers, though some may read these samples and others not.
             self._leave_out_mixed(probe, group.gather_objects([own])[0])
@@ -363,7 +371,9 @@ class DVCCallback(Callback):
             with (
                 group.agreeing(),
                 unsharded(pl_module),
+                unheard(trainer),
                 undisturbed(pl_module, seed),
+                unmoved(pl_module, self._moving),
                 probe.reader.often(this.pools.dataset, this.reference),
             ):
                 group.share_buffers(pl_module)

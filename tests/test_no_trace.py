@@ -1,10 +1,13 @@
 """With the callback but without selection, training is what it would be without the callback."""
 
+import copy
 import random
+from collections import deque
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers.problems import WIDTH, Net, good, repeated, trainer, wrong
 from lightning.pytorch.callbacks import Callback
 from torch import nn
@@ -100,11 +103,11 @@ def sources(augmented=False):
     return {name: Augmented(data) if augmented else data for name, data in plain.items()}
 
 
-def fit(datamodule, callback):
+def fit(datamodule, callback, make=Dropping):
     torch.manual_seed(7)
     random.seed(7)
     np.random.seed(7)  # noqa: NPY002 - the stream guarded
-    steps, net = Steps(), Dropping()
+    steps, net = Steps(), make()
     callbacks = [steps, *([callback] if callback else [])]
     trainer(callbacks=callbacks, max_epochs=4).fit(net, datamodule)
     steps.noted.append({**net.state_dict(), **streams()})
@@ -119,7 +122,7 @@ def assert_same(left, right):
         assert different == [], f"after step {number}"
 
 
-def compare(strategy, adopted=False, warmup=0.5, augmented=False, **settings):
+def compare(strategy, adopted=False, warmup=0.5, augmented=False, net=Dropping, **settings):
     """Train with the callback, and without it on the very same samples."""
     given, val = sources(augmented), good(40, seed=50)
     settings = {"batch_size": 8, **settings}
@@ -129,8 +132,8 @@ def compare(strategy, adopted=False, warmup=0.5, augmented=False, **settings):
     if adopted:
         datamodule = DVCDataModule.from_selection(datamodule.selection, given, val, **settings)
     callback = DVCCallback(strategy, monitor="val_acc")
-    watched = fit(datamodule, callback)
-    assert_same(watched, fit(alone, None))
+    watched = fit(datamodule, callback, net)
+    assert_same(watched, fit(alone, None, net))
     assert len(watched) > 4
     return callback
 
@@ -151,6 +154,86 @@ def test_a_full_or_adopted_selection_leaves_no_trace(adopted, augmented, num_wor
 def test_looking_without_adding_leaves_no_trace(strategy, num_workers):
     callback = compare(strategy(), num_workers=num_workers)
     assert callback.rounds_done == 3
+
+
+class Momentum(Dropping):
+    """Moves parameters in its step: a slow copy of a layer, and weights that are kept to norm 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.slow = copy.deepcopy(self.body).requires_grad_(False)
+
+    def training_step(self, batch, batch_idx):
+        with torch.no_grad():
+            self.slow.weight.data.mul_(0.9).add_(self.body.weight, alpha=0.1)
+            self.slow.bias.data = self.slow.bias * 0.9 + self.body.bias * 0.1
+            self.head.weight.copy_(F.normalize(self.head.weight, dim=1))
+        distance = F.mse_loss(self.body(batch[0]), self.slow(batch[0]))
+        return super().training_step(batch, batch_idx) + 0.1 * distance
+
+
+class Scheduled(Dropping):
+    """Schedules its learning rate itself, after a warm-up by hand."""
+
+    def training_step(self, batch, batch_idx):
+        if self.trainer.global_step < 3:
+            self.optimizers().param_groups[0]["lr"] *= 1.1
+        else:
+            self.lr_schedulers().step()
+        return super().training_step(batch, batch_idx)
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.9)]
+
+
+class Meter:
+    def __init__(self):
+        self.sum, self.count, self.recent = 0.0, 0, deque(maxlen=3)
+
+    def update(self, value):
+        self.sum, self.count = self.sum + value, self.count + 1
+        self.recent.append(value)
+
+
+class Counting(Dropping):
+    """Its loss depends on counts and means that its step keeps, in all ways but in buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.array, self.by_name = np.ones(3), {"array": np.ones(3), "tensor": torch.ones(3)}
+        self.meter = Meter()
+
+    def training_step(self, batch, batch_idx):
+        counts = torch.bincount(batch[1], minlength=3)
+        for array in (self.array, self.by_name["array"]):
+            array += counts.cpu().numpy()
+        self.by_name["tensor"] += counts.cpu()
+        self.meter.update(batch[0].mean().item())
+        scale = self.array + self.by_name["array"] + self.by_name["tensor"].numpy()
+        scale = float(scale @ [1, 2, 3]) + self.meter.sum / self.meter.count
+        return super().training_step(batch, batch_idx) * (1 + 1 / scale + sum(self.meter.recent))
+
+
+class OwnStreams(Dropping):
+    """Its loss depends on random streams of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.streams = [torch.Generator().manual_seed(0), np.random.default_rng(0)]
+        self.others = [np.random.RandomState(0), random.Random(0)]
+
+    def training_step(self, batch, batch_idx):
+        scale = float(torch.rand(1, generator=self.streams[0]))
+        scale += sum(stream.random() for stream in (self.streams[1], self.others[1]))
+        scale += self.others[0].random_sample()
+        return super().training_step(batch, batch_idx) * (1 + scale / 100)
+
+
+@pytest.mark.filterwarnings("ignore:The gradients of a sample:UserWarning")  # are others each time
+@pytest.mark.parametrize("net", [Momentum, Scheduled, Counting, OwnStreams])
+def test_what_a_step_changes_leaves_no_trace(net):
+    assert compare(LooksOnly(), net=net).rounds_done == 3
 
 
 def test_looking_at_augmented_samples_leaves_no_trace():

@@ -1,26 +1,25 @@
 """Looking at a model in the middle of its training, without leaving a trace."""
 
+import math
 import random
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import ExitStack, contextmanager
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torchmetrics import Metric
 
-_Restore = Callable[[], Any]
+from lightning_dvc.capture.notes import LARGEST, Notes, Restore
 
 # Attributes that belong to torch and Lightning: flags, hooks, parameters, trainer. Buffers and
 # training flags are looked after separately; which buffers are saved is a set like any other.
 _INTERNAL: Final = frozenset(vars(LightningModule())) - {"_non_persistent_buffers_set"}
-
-# Counters, running means and confusion matrices are smaller; a whole data set that somebody keeps
-# as an attribute is not, and is not copied each time.
-_LARGEST_ATTRIBUTE: Final = 2**20
 
 
 @contextmanager
@@ -67,14 +66,16 @@ def undisturbed(module: nn.Module, seed: int | None = None) -> Iterator[None]:
 
     Restored on leaving, also after an exception: the training flag of every submodule one by one,
     the global random streams, buffers, the states of torchmetrics, and the plain attributes of the
-    module and its submodules, such as counters and lists of outputs, with their identity.
-    ``log`` and ``log_dict`` do nothing inside. Parameters, their ``.grad``, the trainer and the
-    optimisers are not touched.
+    module and its submodules, such as counters, running means, random streams of its own, and lists
+    of outputs, with their identity. ``log`` and ``log_dict`` do nothing inside. Parameters are put
+    back by :func:`unmoved`; their ``.grad`` is not touched.
 
     Args:
         module: The user's model. Values nested in a plain attribute's containers are restored as
-            far as these are lists, dicts, sets and deques; tensors in them, and plain tensors of
-            more than ``2**20`` elements, are put back but not their contents.
+            far as these are lists, dicts, sets and deques, or objects that hold nothing but these,
+            numbers, text, tensors, arrays and random streams, as a meter does; other objects are
+            put back but not what they hold. So are tensors and arrays of more than ``2**20``
+            elements, alone or in one attribute together.
         seed: Of the global random streams inside, as for :func:`preserve_random_state`.
 
     Example:
@@ -87,26 +88,96 @@ def undisturbed(module: nn.Module, seed: int | None = None) -> Iterator[None]:
     """
     with ExitStack() as stack:
         stack.enter_context(preserve_random_state(seed))
+        notes = Notes()
         for part in module.modules():
-            for restore in (_remember_attributes(part), _remember_buffers(part)):
+            for restore in (_note_attributes(part, notes), _note_buffers(part, notes)):
                 stack.callback(restore)
             stack.callback(setattr, part, "training", part.training)
             # Not eval(): some modules override train(), to merge weights for example.
             part.training = False
             if isinstance(part, LightningModule):
-                stack.callback(_silence(part))
+                stack.callback(_silence(part, "log", "log_dict"))
         stack.enter_context(torch.enable_grad())
         yield
 
 
-def _silence(module: LightningModule) -> _Restore:
-    """Make ``log`` and ``log_dict`` do nothing until the returned function is called."""
-    own = vars(module)
-    before: dict[str, Any] = {name: own[name] for name in ("log", "log_dict") if name in own}
-    own.update(log=_ignore, log_dict=_ignore)
+@contextmanager
+def unmoved(module: nn.Module, names: Set[str] | None = None) -> Iterator[set[str]]:
+    """Put parameters back that were moved inside, as those of a momentum encoder may be.
+
+    Args:
+        module: The user's model.
+        names: Which parameters, as in ``named_parameters()``; all of them when not given. Each is
+            copied to the CPU meanwhile.
+
+    Yields:
+        A set that is empty, and on leaving gets the names of the parameters that had moved.
+
+    Example:
+        >>> net = nn.Linear(2, 2)
+        >>> with unmoved(net) as moved:
+        ...     _ = net.bias.data.add_(1)
+        >>> moved
+        {'bias'}
+    """
+    before = {
+        name: _note_parameter(parameter)
+        for name, parameter in module.named_parameters()
+        if (names is None or name in names) and _is_plain(parameter)
+    }
+    moved: set[str] = set()
+    try:
+        yield moved
+    finally:
+        moved.update([name for name, restore in before.items() if restore()])
+
+
+@contextmanager
+def unheard(trainer: Trainer) -> Iterator[None]:
+    """Let what a ``training_step`` asks of its trainer have no effect.
+
+    Inside, loggers take nothing down and learning rates are not scheduled. On leaving, the
+    settings of the optimisers, such as learning rates, are as they were.
+
+    Args:
+        trainer: The trainer, in the middle of a fit.
+    """
+    with ExitStack() as stack:
+        stack.callback(setattr, trainer, "loggers", trainer.loggers)
+        trainer.loggers = [cast("Logger", _Deaf(logger)) for logger in trainer.loggers]
+        for config in trainer.lr_scheduler_configs:
+            stack.callback(_silence(config.scheduler, "step"))
+        notes = Notes()
+        for optimizer in trainer.optimizers:
+            stack.callback(notes.of(optimizer.param_groups))
+        yield
+
+
+class _Deaf:
+    """A logger that knows what another knows, and takes nothing down."""
+
+    def __init__(self, logger: Any) -> None:
+        self._logger = logger
+        self.experiment = DummyLogger().experiment
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        """That of the logger, since a module may look for one of a kind."""
+        return type(self._logger)
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._logger, name)
+        return _ignore if callable(value) else value
+
+
+def _silence(thing: Any, *names: str) -> Restore:
+    """Make methods do nothing until the returned function is called."""
+    own = vars(thing)
+    before: dict[str, Any] = {name: own[name] for name in names if name in own}
+    own.update(dict.fromkeys(names, _ignore))
 
     def restore() -> None:
-        for name in ("log", "log_dict"):
+        for name in names:
             own.pop(name, None)
         own.update(before)
 
@@ -114,22 +185,19 @@ def _silence(module: LightningModule) -> _Restore:
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:
-    """Stand in for ``LightningModule.log`` and ``log_dict``."""
+    """Stand in for a method that does something."""
 
 
-def _remember_buffers(module: nn.Module) -> _Restore:
-    """Note a module's own buffers; contents are copied back only if they changed."""
-    before = {
-        name: buffer if buffer is None else _remember_tensor(buffer)
-        for name, buffer in module._buffers.items()
-    }
+def _note_buffers(module: nn.Module, notes: Notes) -> Restore:
+    """Note a module's own buffers, of any size."""
+    before = {name: notes.of(buffer, math.inf) for name, buffer in module._buffers.items()}
 
     def restore() -> None:
         own = module._buffers
         if list(own.keys()) != list(before):
             own.clear()
         for name, recall in before.items():
-            buffer = recall and recall()
+            buffer = recall()
             # Only what changed: the buffers of TorchScript can be neither removed nor None.
             if name not in own or own[name] is not buffer:
                 own[name] = buffer
@@ -137,15 +205,12 @@ def _remember_buffers(module: nn.Module) -> _Restore:
     return restore
 
 
-def _remember_attributes(module: nn.Module) -> _Restore:
-    """Note a module's plain attributes, metric states included."""
+def _note_attributes(module: nn.Module, notes: Notes) -> Restore:
+    """Note a module's plain attributes, metric states included, which may have any size."""
     own = vars(module)
-    copied = own.keys() if isinstance(module, Metric) else _small_tensors(own)
-    seen: set[int] = set()
+    of_metric = isinstance(module, Metric)
     before = {
-        name: _remember_tensor(value)
-        if isinstance(value, Tensor) and name in copied
-        else _remember(value, seen)
+        name: notes.of(value, math.inf if of_metric and isinstance(value, Tensor) else LARGEST)
         for name, value in own.items()
         if name not in _INTERNAL
     }
@@ -159,66 +224,26 @@ def _remember_attributes(module: nn.Module) -> _Restore:
     return restore
 
 
-def _small_tensors(attributes: dict[str, Any]) -> set[str]:
-    return {
-        name
-        for name, value in attributes.items()
-        if isinstance(value, Tensor) and value.numel() <= _LARGEST_ATTRIBUTE
-    }
+def _note_parameter(parameter: nn.Parameter) -> Callable[[], bool]:
+    """Note a parameter; the returned function puts it back, and tells whether it had changed."""
+    # Assigning to `.data` would leave what is noted here as it is.
+    data = parameter.data
+    copy = data.to("cpu", copy=True)
+
+    def restore() -> bool:
+        replaced = parameter.data_ptr() != data.data_ptr() or parameter.shape != data.shape
+        if replaced:
+            parameter.data = data
+        overwritten = not torch.equal(data, copy.to(data.device))
+        if overwritten:
+            data.copy_(copy)
+        return replaced or overwritten
+
+    return restore
 
 
-def _remember_tensor(tensor: Tensor) -> Callable[[], Tensor]:
-    copy, version = tensor.detach().clone(), _version(tensor)
-
-    def recall() -> Tensor:
-        # Changes through `.data` do not show in the version, and sparse values cannot be compared.
-        compared = tensor.layout is torch.strided
-        if not torch.equal(tensor, copy) if compared else _version(tensor) != version:
-            # One that was made in inference mode can be written to only there.
-            with torch.inference_mode() if tensor.is_inference() else torch.no_grad():
-                tensor.copy_(copy)
-        return tensor
-
-    return recall
-
-
-def _version(tensor: Tensor) -> object:
-    """A number that changes with the tensor; never the same where torch does not count."""
-    return object() if tensor.is_inference() else tensor._version
-
-
-def _remember(value: Any, seen: set[int]) -> _Restore:
-    """Note the contents of nested containers; the returned function puts them back in place."""
-    if not isinstance(value, list | dict | set | deque) or id(value) in seen:
-        return lambda: value
-    seen.add(id(value))  # containers may contain each other
-    keys = list(value)  # of a dict; elsewhere the members themselves
-    members = [_remember(item, seen) for item in _values(value)]
-
-    def recall() -> Any:
-        items = [member() for member in members]
-        # Left alone if unchanged: some kinds of dict and list refuse to be written to.
-        if not (_same(list(value), keys) and _same(_values(value), items)):
-            _refill(value, keys, items)
-        return value
-
-    return recall
-
-
-def _values(container: Any) -> list[Any]:
-    return list(container.values() if isinstance(container, dict) else container)
-
-
-def _same(left: list[Any], right: list[Any]) -> bool:
-    return len(left) == len(right) and all(a is b for a, b in zip(left, right, strict=True))
-
-
-def _refill(container: Any, keys: list[Any], items: list[Any]) -> None:
-    container.clear()
-    if isinstance(container, dict):
-        for key, item in zip(keys, items, strict=True):
-            container[key] = item
-    elif isinstance(container, set):
-        container.update(items)
-    else:
-        container.extend(items)
+def _is_plain(parameter: nn.Parameter) -> bool:
+    """Whether a parameter is an ordinary tensor that has values."""
+    if is_lazy(parameter) or parameter.is_meta or parameter.layout is not torch.strided:
+        return False
+    return type(parameter.data) is Tensor  # neither quantised in a way of its own, nor sharded

@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import Accuracy, ConfusionMatrix, F1Score, MeanMetric, MetricCollection
 from torchmetrics.classification import BinaryAUROC
 
-from lightning_dvc.capture.guard import preserve_random_state, undisturbed
+from lightning_dvc.capture.guard import preserve_random_state, undisturbed, unheard, unmoved
 
 
 class Disturber(LightningModule):
@@ -306,6 +307,44 @@ def test_torchscript_is_left_as_it_was():
     assert module[1].num_batches_tracked == 1
 
 
+def test_parameters_that_moved_are_put_back_and_named():
+    module = Disturber()
+    tied = module.tied = nn.Linear(4, 8)
+    tied.weight = module.body[0].weight
+    before = copy.deepcopy(module.state_dict())
+    kept = {name: p.data_ptr() for name, p in module.named_parameters()}
+    try:
+        with unmoved(module) as moved:
+            tied.weight.data.add_(1)
+            module.head.bias.data = torch.ones(3)
+            with torch.no_grad():
+                module.body[1].weight.mul_(2)
+            raise KeyError
+    except KeyError:
+        pass
+    assert moved == {"body.0.weight", "head.bias", "body.1.weight"}
+    assert all(tensors_equal(x, before[name]) for name, x in module.state_dict().items())
+    assert {name: p.data_ptr() for name, p in module.named_parameters()} == kept
+
+
+def test_only_the_named_parameters_are_put_back():
+    module = Disturber()
+    with unmoved(module, {"head.bias"}) as moved:
+        module.head.bias.data.fill_(7)
+        module.head.weight.data.fill_(7)
+    assert moved == {"head.bias"}
+    assert not (module.head.bias == 7).any()
+    assert (module.head.weight == 7).all()
+
+
+def test_parameters_without_values_are_left_alone():
+    module = nn.Sequential(nn.LazyLinear(2), nn.Linear(2, 2, device="meta"))
+    module.append(nn.LazyBatchNorm1d())
+    with undisturbed(module), unmoved(module) as moved:
+        pass
+    assert moved == set()
+
+
 @given(
     draws=st.lists(
         st.sampled_from(["torch", "numpy", "random", "seed torch", "seed numpy"]), max_size=6
@@ -379,3 +418,43 @@ def test_training_is_bit_identical_with_and_without_looking(tmp_path):
         found.append((module.losses, logged, module.body[1].running_mean.tolist()))
     assert len(found[0][0]) == 8
     assert found[0] == found[1]
+
+
+class Shouting(Peeking):
+    """Tells its logger of each step, in both ways, and asks for its kind and folder."""
+
+    def training_step(self, batch, batch_idx=0):
+        assert isinstance(self.logger, CSVLogger)
+        assert self.logger.log_dir == self.trainer.log_dir
+        for logger in self.loggers:
+            logger.log_metrics({"direct": 1.0}, step=self.told)
+            logger.experiment.log_metrics({"experiment": 1.0}, step=self.told)
+        self.told += 1
+        return super().training_step(batch, batch_idx)
+
+    def on_train_batch_start(self, batch, batch_idx):
+        with unheard(self.trainer), undisturbed(self):
+            self.training_step(make_batch(11))
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning's advice on workers and logging intervals
+def test_loggers_are_told_nothing(tmp_path):
+    module, logger = Shouting(peek=False), CSVLogger(tmp_path)
+    module.told = 0
+    trainer = Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=logger,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    taken = []
+    logger.log_metrics = lambda metrics, step=None: taken.append((step, next(iter(metrics))))
+    logger.experiment.log_metrics = lambda metrics, step=None: taken.append(
+        (step, next(iter(metrics)))
+    )
+    trainer.fit(module, DataLoader(TensorDataset(*make_batch(24)), batch_size=6))
+    told = [(step, name) for step, name in taken if name in ("direct", "experiment")]
+    assert told == [(step, name) for step in range(4) for name in ("direct", "experiment")]
+    assert trainer.loggers == [logger]
