@@ -241,21 +241,23 @@ class DVCCallback(Callback):
         on_device = alone and pl_module.device.type != "cpu"
         largest = _LARGEST_ON_DEVICE if on_device else _LARGEST_BATCH
         most = largest if adapts else int(self.score_batch_size)
-        self._probe = Probe(
-            pl_module,
-            resolve_objective(pl_module, self.objective, known=self.rounds_done > 0),
-            datamodule.loading.collate_fn,
-            prepare=partial(trainer_bridge.to_model, trainer, pl_module),
-            context=partial(trainer_bridge.forward_context, trainer),
-            layers=self.layers,
-            batch_size=most,
-            fits=self._fits if adapts else None,
-            adapts=adapts,
-            exact_numbers=self.exact_numbers,
-            num_workers=datamodule.loading.num_workers,
-            worker_settings=datamodule.loading.of_workers(most),
-            on_bad_sample=self.on_bad_sample,
-        )
+        # Under spectral norm, to read a weight in training mode changes it.
+        with undisturbed(pl_module):
+            self._probe = Probe(
+                pl_module,
+                resolve_objective(pl_module, self.objective, known=self.rounds_done > 0),
+                datamodule.loading.collate_fn,
+                prepare=partial(trainer_bridge.to_model, trainer, pl_module),
+                context=partial(trainer_bridge.forward_context, trainer),
+                layers=self.layers,
+                batch_size=most,
+                fits=self._fits if adapts else None,
+                adapts=adapts,
+                exact_numbers=self.exact_numbers,
+                num_workers=datamodule.loading.num_workers,
+                worker_settings=datamodule.loading.of_workers(most),
+                on_bad_sample=self.on_bad_sample,
+            )
         if self.rounds_done == 0:  # anew, since a tuner may have changed the batch size
             self._follow(self._new_plan(trainer, datamodule))
         # Until Lightning has set up its loader.

@@ -156,6 +156,14 @@ def test_looking_without_adding_leaves_no_trace(strategy, num_workers):
     assert callback.rounds_done == 3
 
 
+class SpectralNorm(Dropping):
+    """Changes a weight whenever that is read in training mode."""
+
+    def __init__(self):
+        super().__init__()
+        nn.utils.parametrizations.spectral_norm(self.head)
+
+
 class Momentum(Dropping):
     """Moves parameters in its step: a slow copy of a layer, and weights that are kept to norm 1."""
 
@@ -231,7 +239,7 @@ class OwnStreams(Dropping):
 
 
 @pytest.mark.filterwarnings("ignore:The gradients of a sample:UserWarning")  # are others each time
-@pytest.mark.parametrize("net", [Momentum, Scheduled, Counting, OwnStreams])
+@pytest.mark.parametrize("net", [SpectralNorm, Momentum, Scheduled, Counting, OwnStreams])
 def test_what_a_step_changes_leaves_no_trace(net):
     assert compare(LooksOnly(), net=net).rounds_done == 3
 
