@@ -45,6 +45,8 @@ class Snapshots:
     @torch.no_grad()
     def push(self, module: nn.Module) -> None:
         """Remember the present state; the oldest one is forgotten when there are too many."""
+        if self._states.maxlen == 0:
+            return
         self._states.appendleft({n: t.clone() for n, t in _moving_tensors(module).items()})
 
     @contextmanager

@@ -155,3 +155,7 @@ def test_no_window_keeps_nothing():
     net, snapshots = Net(), Snapshots(window=0)
     snapshots.push(net)
     assert len(snapshots) == 0
+
+
+def test_no_window_copies_nothing():
+    Snapshots(window=0).push(nn.LazyLinear(2))  # whose parameters cannot be copied yet
