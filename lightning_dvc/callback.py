@@ -18,12 +18,11 @@ from lightning_dvc.capture.guard import undisturbed, unheard, unmoved
 from lightning_dvc.capture.objective import UserObjective, resolve_objective
 from lightning_dvc.capture.probe import Probe
 from lightning_dvc.capture.sharding import unsharded
-from lightning_dvc.capture.trial import Trial, try_out
+from lightning_dvc.capture.trial import keep_apart, try_out
 from lightning_dvc.datamodule import DVCDataModule
 from lightning_dvc.distributed import Group
 from lightning_dvc.errors import (
     ConfigurationError,
-    ObjectiveError,
     StateError,
     check_settings,
     is_number,
@@ -224,7 +223,7 @@ class DVCCallback(Callback):
         if self._probe is not None:
             goes_by_it = self.rounds_done and not isinstance(self.strategy, Stateless)
             selects = goes_by_it and self._has_rounds_left(datamodule)
-            self._layers_before = _layers_of(self._probe) if selects else None
+            self._layers_before = self._probe.shapes if selects else None
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -291,8 +290,8 @@ class DVCCallback(Callback):
         ):
             own = try_out(probe, datamodule.pools.dataset, ids)
             # All leave out the same layers, though some may read these samples and others not.
-            self._leave_out_mixed(probe, group.gather_objects([own])[0])
-        self._check_layers(_layers_of(probe))
+            keep_apart(probe, group.gather_objects([own])[0])
+        self._check_layers(probe.shapes)
 
     def _check_layers(self, layers: _Layers) -> None:
         """Refuse to go on with what was learnt of other layers, in a checkpoint or another fit."""
@@ -302,43 +301,10 @@ class DVCCallback(Callback):
             return
         raise ConfigurationError(
             f"expected to go on where the layers {list(before)} were captured, but now these are: "
-            f"{list(layers)}; the shapes of their weights were {before}, and now are {layers}. Go "
-            "on with the same model and the same layers=..., or start selection anew, with a new "
-            "callback and a new datamodule"
+            f"{list(layers)}; the shapes of their gradients were {before}, and now are {layers}. "
+            "Go on with the same model and the same layers=..., or start selection anew, with a "
+            "new callback and a new datamodule"
         )
-
-    def _leave_out_mixed(self, probe: Probe, trial: Trial) -> None:
-        if trial.random:
-            rank_zero_warn(
-                f"The gradients of a sample in the layers {trial.random} are others each time, so "
-                "the loss, or what collate_fn makes of a batch, is random, and so are the scores. "
-                "A method per_sample_loss that is not, or objective=..., makes them repeatable."
-            )
-        if trial.mixes_losses:
-            cause = (
-                "collate_fn puts the samples of a batch in an order of its own; keep the order in "
-                "which it gets them"
-                if trial.sorts
-                else "they are dealt out to other samples, as those of two views, or of points in "
-                "time, are where these come before the batch in the first axis; call the loss with "
-                "the batch as the first axis, for each view by itself, or give the module a method "
-                "per_sample_loss(batch)"
-            )
-            raise ObjectiveError(
-                "the loss of a sample was expected to stay the same when the samples of a batch "
-                f"change places, but changes: {cause}"
-            )
-        if not trial.mixed:
-            return
-        reason = (
-            f"the gradients of a sample in the layers {trial.mixed} change when the samples of a "
-            "batch change places, so these layers do not keep the batch as their first axis"
-        )
-        remedy = "use batch_first=True, or name other layers with layers=[...]"
-        if self.layers is not None or trial.mixed == list(probe.captured_layers):
-            raise ConfigurationError(f"{reason}: such layers cannot be scored; {remedy}")
-        rank_zero_warn(f"{reason}: they are left out; {remedy}")
-        probe.leave_out(trial.mixed)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -469,7 +435,7 @@ class DVCCallback(Callback):
             "plan": self._plan and asdict(self._plan),
             "last_epoch": self._last_epoch,
             "rounds_left_out": self.rounds_left_out,
-            "layers": _layers_of(self._probe) if self._probe else None,
+            "layers": self._probe.shapes if self._probe else None,
             "fits": self._probe.fitting if self._probe else None,
             "seconds": dict(self.watch.seconds),
             "training_seconds": self._training_seconds,
@@ -642,11 +608,6 @@ class DVCCallback(Callback):
             **logs.figures_of(choice, datamodule.pools.names, counts),
         }
         logs.tell(trainer, figures)
-
-
-def _layers_of(probe: Probe) -> _Layers:
-    weights = {name: getattr(x, "weight", None) for name, x in probe.captured_layers.items()}
-    return {name: [] if w is None else list(w.shape) for name, w in weights.items()}
 
 
 def _chooses(strategy: object) -> bool:

@@ -206,6 +206,11 @@ class Pools:
             raise ConfigurationError(
                 "sources is empty; give at least one: sources={'name': dataset, ...}"
             )
+        if len(set(map(str, sources))) < len(sources):
+            raise ConfigurationError(
+                f"expected names of sources that differ as text, but they are {list(sources)}; "
+                "give other names"
+            )
         self.seed = seed
         self.sources: dict[str, Source] = {}
         self.sizes: list[int] = []

@@ -327,9 +327,9 @@ def frozen(net):
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (lambda net: Deeper(32, deep=False), r"now .*'body': \[32, 8\], 'head': \[3, 32\]"),
+        (lambda net: Deeper(32, deep=False), r"now .*'body': \[32, 9\], 'head': \[3, 33\]"),
         (lambda net: Deeper(), r"\['body', 'head'\] were captured, but now .*'middle'"),
-        (frozen, r"\['body', 'head'\] were captured, but now .*\{'head': \[3, 16\]\}"),
+        (frozen, r"\['body', 'head'\] were captured, but now .*\{'head': \[3, 17\]\}"),
     ],
 )
 def test_another_fit_that_would_select_by_other_layers_is_refused(other, message):

@@ -470,6 +470,11 @@ def test_no_source_is_refused():
         Pools({})
 
 
+def test_names_that_are_the_same_as_text_are_refused():
+    with pytest.raises(ConfigurationError, match=r"differ as text, but they are \[1, '1'\]"):
+        Pools({1: Numbered(1), "1": Numbered(2)})
+
+
 def test_an_empty_source_is_refused_by_name():
     with pytest.raises(ConfigurationError, match="source 'b' has no samples"):
         Pools({"a": Numbered(1), "b": Numbered(0)})

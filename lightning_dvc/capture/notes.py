@@ -84,11 +84,12 @@ class Notes:
         return True
 
     def _of_container(self, value: Any) -> Restore:
-        keys = list(value)  # of a dict; elsewhere the members themselves
-        members = [self._of(item) for item in _values(value)]
+        keys, items = list(value), _values(value)  # the same but of a dict
+        members = [self._of(item) for item in items if not isinstance(item, _SIMPLE)]
 
         def restore() -> Any:
-            items = [member() for member in members]
+            for member in members:
+                member()
             # Left alone if unchanged: some kinds of dict and list refuse to be written to.
             if not (_same(list(value), keys) and _same(_values(value), items)):
                 _refill(value, keys, items)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from lightning_dvc.capture.gradients import LayerGradients
+from lightning_dvc.capture.kinds import full_shape
 from lightning_dvc.capture.layers import LayerCapture, find_layers
 from lightning_dvc.capture.loading import Collate, LoadedBatch, Reader, copied
 from lightning_dvc.capture.objective import Objective, Outcome
@@ -99,6 +100,7 @@ class Probe:
     def __post_init__(self) -> None:
         self.reader = Reader(self.collate, self.num_workers, **self.worker_settings)
         self._found = find_layers(self.module, self.layers)
+        self._shapes = {name: full_shape(layer) for name, layer in self._found.items()}
         self._projections = plan_projections(self._found, self.exact_numbers)
         self._order: list[str] = []
         self._passed: LoadedBatch | None = None  # the last time
@@ -129,6 +131,11 @@ class Probe:
     def captured_layers(self) -> dict[str, nn.Module]:
         """Layers that the forward pass reaches, in its order; known after the first batch."""
         return {name: self._found[name] for name in self._order}
+
+    @property
+    def shapes(self) -> dict[str, list[int]]:
+        """Of the full gradients of the captured layers; known as these are."""
+        return {name: list(self._shapes[name]) for name in self._order}
 
     @property
     def forms(self) -> dict[str, str]:
@@ -214,6 +221,11 @@ class Probe:
             CaptureError: Always.
         """
         reasons = "; ".join(entry.reason for entry in self.bad[-3:])
+        if "the model raised" in reasons:
+            reasons += (
+                "; samples are scored in eval(), so if the module returns something else there, "
+                "give it a method per_sample_loss(batch), or pass objective=..."
+            )
         if self.diverged:
             reasons += (
                 f"; the parameters {self.diverged[:3]} are not finite, so training had diverged "

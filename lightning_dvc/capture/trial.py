@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data import Dataset
@@ -13,7 +14,7 @@ from torch.utils.data import Dataset
 from lightning_dvc.capture.guard import undisturbed
 from lightning_dvc.capture.loading import Entry, LoadedBatch, Reader, TolerantCollate
 from lightning_dvc.capture.probe import Captured, Probe
-from lightning_dvc.errors import BadSampleError
+from lightning_dvc.errors import BadSampleError, ConfigurationError, ObjectiveError
 
 LOSSES: Final = "the losses"
 """What :func:`differing` calls them."""
@@ -79,6 +80,50 @@ def try_out(probe: Probe, dataset: Dataset[Any], ids: Tensor) -> Trial:
         LOSSES in mixed - random,
         sorts,
     )
+
+
+def keep_apart(probe: Probe, trial: Trial) -> None:
+    """Draw the consequences of a trial: leave layers out that mix samples, or refuse the model.
+
+    Args:
+        probe: What the trial was of.
+        trial: What it showed, the same on all processes.
+
+    Raises:
+        ObjectiveError: If losses are mixed.
+        ConfigurationError: If a layer that was named mixes samples, or all do.
+    """
+    if trial.random:
+        rank_zero_warn(
+            f"The gradients of a sample in the layers {trial.random} are others each time, so the "
+            "loss, or what collate_fn makes of a batch, is random, and so are the scores. A method "
+            "per_sample_loss that is not, or objective=..., makes them repeatable."
+        )
+    if trial.mixes_losses:
+        cause = (
+            "collate_fn puts the samples of a batch in an order of its own; keep the order in "
+            "which it gets them"
+            if trial.sorts
+            else "they are dealt out to other samples, as those of two views, or of points in "
+            "time, are where these come before the batch in the first axis; call the loss with the "
+            "batch as the first axis, for each view by itself, or give the module a method "
+            "per_sample_loss(batch)"
+        )
+        raise ObjectiveError(
+            "the loss of a sample was expected to stay the same when the samples of a batch "
+            f"change places, but changes: {cause}"
+        )
+    if not trial.mixed:
+        return
+    reason = (
+        f"the gradients of a sample in the layers {trial.mixed} change when the samples of a batch "
+        "change places, so these layers do not keep the batch as their first axis"
+    )
+    remedy = "use batch_first=True, or name other layers with layers=[...]"
+    if probe.layers is not None or trial.mixed == list(probe.captured_layers):
+        raise ConfigurationError(f"{reason}: such layers cannot be scored; {remedy}")
+    rank_zero_warn(f"{reason}: they are left out; {remedy}")
+    probe.leave_out(trial.mixed)
 
 
 class _Looks:

@@ -439,6 +439,8 @@ def test_no_usable_sample_is_an_error_with_reasons():
     probe = make_probe()
     with pytest.raises(CaptureError, match=r"none of 3 samples .*torn page; .*poison; .*finite"):
         look_at_all(probe, range(3), Samples({0: OSError("torn page"), 1: POISON, 2: torch.nan}))
+    with pytest.raises(CaptureError, match=r"poison; samples are scored in eval\(\).*objective="):
+        look_at_all(make_probe(batch_size=1), range(1), Samples({0: POISON}))
     with pytest.raises(CaptureError, match=r"none of 0 samples .*no samples were given"):
         look_at_all(make_probe(), [])
 
