@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from helpers.problems import CLASSES, WIDTH, Net, generator, good, labelled, trainer
+from helpers.problems import CLASSES, WIDTH, Net, generator, good, labelled, trainer, wrong
 from torch.utils.data import TensorDataset
 
 from lightning_dvc import DVC, DVCCallback, DVCDataModule, Random
@@ -64,24 +64,30 @@ def relabelled(n, seed, part=1.0):
 
 
 @over_seeds
-def test_a_source_of_random_labels_gets_next_to_nothing(seed):
-    """One source of three has random labels: at most a fifth of an equal share, as at random."""
-    sources = {**two_good(seed), "random": relabelled(200, 1000 * seed + 40)}
-    assert share(fit(sources, seed), "random") <= 1 / 3 / 5
-    assert share(fit(sources, seed, Random()), "random") == pytest.approx(1 / 3, abs=0.02)
+def test_a_source_of_wrong_labels_gets_next_to_nothing(seed):
+    """One source of three has no right label: at most a fifth of an equal share, as at random."""
+    sources = {**two_good(seed), "wrong": wrong(200, 1000 * seed + 40)}
+    assert share(fit(sources, seed), "wrong") <= 1 / 3 / 5
+    assert share(fit(sources, seed, Random()), "wrong") == pytest.approx(1 / 3, abs=0.02)
 
 
 @over_seeds
 def test_of_a_source_of_random_labels_only_right_ones_are_selected(seed):
-    """Some labels drawn at random are right by chance; beyond the warm-up no other is taken."""
+    """Some labels drawn at random are right by chance; beyond the warm-up no other is taken.
+
+    Nor are more of these than there are among all right ones.
+    """
     _, y = labelled(200, 1000 * seed + 40)
     source = relabelled(200, 1000 * seed + 40)
-    wrong = set(torch.nonzero(source.tensors[1] != y).flatten().tolist())
-    assert len(wrong) > 100
-    table = fit({**two_good(seed), "random": source}, seed).selection
+    wrong_ones = set(torch.nonzero(source.tensors[1] != y).flatten().tolist())
+    assert len(wrong_ones) > 100
+    datamodule = fit({**two_good(seed), "random": source}, seed)
+    table = datamodule.selection
     rows = zip(table.source, table.index.tolist(), table.round.tolist(), strict=True)
     taken = {index for name, index, number in rows if name == "random" and number > 0}
-    assert not taken & wrong
+    assert not taken & wrong_ones
+    n_right = 200 - len(wrong_ones)
+    assert share(datamodule, "random") <= n_right / (400 + n_right)
 
 
 DISTINCT = 12

@@ -21,6 +21,9 @@ from lightning_dvc.capture.notes import LARGEST, Notes, Restore
 # training flags are looked after separately; which buffers are saved is a set like any other.
 _INTERNAL: Final = frozenset(vars(LightningModule())) - {"_non_persistent_buffers_set"}
 
+# A gigabyte in single precision.
+_LARGEST_MODEL: Final = 2**28
+
 
 @contextmanager
 def preserve_random_state(seed: int | None = None) -> Iterator[None]:
@@ -107,8 +110,9 @@ def unmoved(module: nn.Module, names: Set[str] | None = None) -> Iterator[set[st
 
     Args:
         module: The user's model.
-        names: Which parameters, as in ``named_parameters()``; all of them when not given. Each is
-            copied to the CPU meanwhile.
+        names: Which parameters, as in ``named_parameters()``. Each is copied to the CPU meanwhile.
+            When not given, all of a model of at most ``2**28`` numbers, and none of a larger one,
+            for which there may be no room.
 
     Yields:
         A set that is empty, and on leaving gets the names of the parameters that had moved.
@@ -120,11 +124,11 @@ def unmoved(module: nn.Module, names: Set[str] | None = None) -> Iterator[set[st
         >>> moved
         {'bias'}
     """
-    before = {
-        name: _note_parameter(parameter)
-        for name, parameter in module.named_parameters()
-        if (names is None or name in names) and _is_plain(parameter)
-    }
+    plain = {name: p for name, p in module.named_parameters() if _is_plain(p)}
+    if names is None:
+        fits = sum(parameter.numel() for parameter in plain.values()) <= _LARGEST_MODEL
+        names = plain.keys() if fits else frozenset()
+    before = {name: _note_parameter(p) for name, p in plain.items() if name in names}
     moved: set[str] = set()
     try:
         yield moved

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import Accuracy, ConfusionMatrix, F1Score, MeanMetric, MetricCollection
 from torchmetrics.classification import BinaryAUROC
 
+from lightning_dvc.capture import guard
 from lightning_dvc.capture.guard import preserve_random_state, undisturbed, unheard, unmoved
 
 
@@ -335,6 +336,19 @@ def test_only_the_named_parameters_are_put_back():
     assert moved == {"head.bias"}
     assert not (module.head.bias == 7).any()
     assert (module.head.weight == 7).all()
+
+
+def test_of_a_large_model_only_named_parameters_are_copied(monkeypatch):
+    module = Disturber()
+    n_numbers = sum(parameter.numel() for parameter in module.parameters())
+    for largest, expected in ((n_numbers, {"head.bias"}), (n_numbers - 1, set())):
+        monkeypatch.setattr(guard, "_LARGEST_MODEL", largest)
+        with unmoved(module) as moved:
+            module.head.bias.data.add_(7)
+        assert moved == expected
+    with unmoved(module, {"head.bias"}) as moved:
+        module.head.bias.data.add_(7)
+    assert moved == {"head.bias"}
 
 
 def test_parameters_without_values_are_left_alone():
