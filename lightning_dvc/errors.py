@@ -20,7 +20,7 @@ class ObjectiveError(DVCError, RuntimeError):
 
 
 class UnevenError(ObjectiveError):
-    """A batch came out with other than a loss, or as many losses, for each of its samples."""
+    """A batch came out without losses, or with other than one or more for each of its samples."""
 
 
 class CaptureError(DVCError, RuntimeError):

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torchmetrics import Metric
@@ -20,6 +19,9 @@ from lightning_dvc.capture.notes import LARGEST, Notes, Restore
 # Attributes that belong to torch and Lightning: flags, hooks, parameters, trainer. Buffers and
 # training flags are looked after separately; which buffers are saved is a set like any other.
 _INTERNAL: Final = frozenset(vars(LightningModule())) - {"_non_persistent_buffers_set"}
+
+# How the names begin of what loggers, and what they write with, take something down with.
+_TAKE_DOWN: Final = ("log", "add_")
 
 # A gigabyte in single precision.
 _LARGEST_MODEL: Final = 2**28
@@ -158,20 +160,24 @@ def unheard(trainer: Trainer) -> Iterator[None]:
 
 
 class _Deaf:
-    """A logger that knows what another knows, and takes nothing down."""
+    """A logger, or what one writes with, that takes nothing down and is the same otherwise."""
 
-    def __init__(self, logger: Any) -> None:
-        self._logger = logger
-        self.experiment = DummyLogger().experiment
+    def __init__(self, thing: Any) -> None:
+        self._thing = thing
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
-        """That of the logger, since a module may look for one of a kind."""
-        return type(self._logger)
+        """That of the other, since a module may look for one of a kind."""
+        return type(self._thing)
 
     def __getattr__(self, name: str) -> Any:
-        value = getattr(self._logger, name)
-        return _ignore if callable(value) else value
+        value = getattr(self._thing, name)
+        if name == "experiment":
+            return _Deaf(value)
+        return _ignore if callable(value) and name.startswith(_TAKE_DOWN) else value
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._thing[key]
 
 
 def _silence(thing: Any, *names: str) -> Restore:

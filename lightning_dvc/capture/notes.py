@@ -4,6 +4,7 @@ import random
 from collections import deque
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 from typing import Any, Final
 
 import numpy as np
@@ -19,13 +20,17 @@ Restore = Callable[[], Any]
 LARGEST: Final = 2**20
 """Most elements of tensors and arrays in one value that are copied, unless told otherwise."""
 
+# Containers, objects and tensors in one value that are noted: a list of more may be a data set, and
+# each takes some microseconds.
+_MOST_PARTS: Final = 2**12
+
 _SIMPLE: Final = (
-    *(int, float, complex, str, bytes, type(None)),
+    *(int, float, complex, str, bytes, tuple, type(None)),
     *(np.generic, torch.dtype, torch.device),
 )
 _CONTAINERS: Final = (list, dict, set, deque)
 _STREAMS: Final = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
-_PLAIN: Final = (*_SIMPLE, *_CONTAINERS, *_STREAMS, tuple, Tensor, np.ndarray)
+_PLAIN: Final = (*_SIMPLE, *_CONTAINERS, *_STREAMS, Tensor, np.ndarray)
 
 
 class Notes:
@@ -34,7 +39,8 @@ class Notes:
     Lists, dicts, sets and deques are noted with all that is in them, and so are objects whose
     attributes are nothing but these, numbers, text, tensors, arrays and random streams. Any other
     object may stand for a file, a thread or a process, and is left alone. Of tensors and arrays,
-    contents are noted as far as they are small; of parameters, never.
+    contents are noted as far as they are small; of parameters, never. Of more than some thousand
+    parts of a value the rest is left alone, too.
 
     Example:
         >>> value = {"seen": [1, 2], "mean": torch.zeros(2)}
@@ -50,6 +56,7 @@ class Notes:
     def __init__(self) -> None:
         self._seen: set[int] = set()  # containers may contain each other
         self._room = 0.0
+        self._parts = 0
 
     def of(self, value: Any, most: float = LARGEST) -> Restore:
         """Note a value.
@@ -58,23 +65,25 @@ class Notes:
             value: Anything.
             most: Elements of its tensors and arrays, all together, that are copied at most.
         """
-        self._room = most
+        self._room, self._parts = most, _MOST_PARTS
         return self._of(value)
 
     def _of(self, value: Any) -> Restore:
-        if isinstance(value, _SIMPLE) or id(value) in self._seen:
+        self._parts -= 1
+        kind = type(value)  # what stands in for another may raise when asked for its class
+        if issubclass(kind, _SIMPLE) or id(value) in self._seen or self._parts < 0:
             return lambda: value
-        if isinstance(value, Tensor):
+        if issubclass(kind, Tensor):
             fits = _has_contents(value) and self._takes(value, value.numel())
             return _of_tensor(value) if fits else lambda: value
-        if isinstance(value, np.ndarray):
+        if issubclass(kind, np.ndarray):
             # Rows of text may be wide.
             fits = value.flags.writeable and self._takes(value, max(value.size, value.nbytes // 8))
             return _of_array(value) if fits else lambda: value
         self._seen.add(id(value))
-        if isinstance(value, _STREAMS):
+        if issubclass(kind, _STREAMS):
             return _of_stream(value)
-        return self._of_container(value) if isinstance(value, _CONTAINERS) else self._of_rest(value)
+        return self._of_container(value) if issubclass(kind, _CONTAINERS) else self._of_rest(value)
 
     def _takes(self, value: Tensor | np.ndarray, size: int) -> bool:
         if size > self._room:
@@ -85,7 +94,8 @@ class Notes:
 
     def _of_container(self, value: Any) -> Restore:
         keys, items = list(value), _values(value)  # the same but of a dict
-        members = [self._of(item) for item in items if not isinstance(item, _SIMPLE)]
+        parts = (item for item in items if not issubclass(type(item), _SIMPLE))
+        members = [self._of(item) for item in islice(parts, max(self._parts, 0))]
 
         def restore() -> Any:
             for member in members:
@@ -98,8 +108,11 @@ class Notes:
         return restore
 
     def _of_rest(self, value: Any) -> Restore:
-        own = getattr(value, "__dict__", None)
-        if not isinstance(own, dict) or not all(isinstance(x, _PLAIN) for x in own.values()):
+        try:
+            own = vars(value)
+        except Exception:  # there are none, or whatever it may raise
+            return lambda: value
+        if not isinstance(own, dict) or not all(issubclass(type(x), _PLAIN) for x in own.values()):
             return lambda: value
         attributes = self._of(own)
 
@@ -111,13 +124,19 @@ class Notes:
 
 
 def _has_contents(tensor: Tensor) -> bool:
-    return not (isinstance(tensor, nn.Parameter) or is_lazy(tensor) or tensor.is_meta)
+    """Whether a tensor has numbers of its own, each of which can be written to."""
+    if isinstance(tensor, nn.Parameter) or is_lazy(tensor) or tensor.is_meta or tensor.is_nested:
+        return False
+    is_expanded = tensor.layout is torch.strided and 0 in tensor.stride()
+    return not (is_expanded and tensor.numel() > 1)
 
 
 def _of_tensor(tensor: Tensor) -> Restore:
     copy, version = tensor.detach().clone(), _version(tensor)
 
     def restore() -> Tensor:
+        if tensor.shape != copy.shape:
+            tensor.data = copy.clone()
         # Changes through `.data` do not show in the version, and sparse values cannot be compared.
         compared = tensor.layout is torch.strided
         if not torch.equal(tensor, copy) if compared else _version(tensor) != version:
@@ -138,6 +157,8 @@ def _of_array(array: np.ndarray) -> Restore:
     copy = array.copy()
 
     def restore() -> np.ndarray:
+        if array.shape != copy.shape:
+            array.resize(copy.shape, refcheck=False)
         # As bytes, in which NaN equals itself, and objects are told apart by identity.
         if array.tobytes() != copy.tobytes():
             array[...] = copy

@@ -5,6 +5,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, Final, Protocol
 
 import torch
@@ -134,6 +135,8 @@ class _Given:
             returned = self._function(module, batch)
         if not isinstance(returned, Outcome):
             returned = self._from_tuple(returned)
+        if n == returned.losses.numel() == 1:  # squeezed by one axis too many
+            returned = replace(returned, losses=returned.losses.reshape(1))
         self._check(returned, n, graph)
         return returned
 
@@ -270,7 +273,7 @@ def _loss_of(returned: Any) -> Tensor:
     """The scalar loss in what a ``training_step`` returned."""
     loss = returned.get("loss") if isinstance(returned, Mapping) else returned
     if not isinstance(loss, Tensor):
-        raise ObjectiveError(
+        raise UnevenError(
             'training_step was expected to return a loss, or a dict with the key "loss", but '
             f"returned {_name(returned)}, so it skips this batch or returns no loss; {_REMEDY}"
         )

@@ -22,7 +22,6 @@ from lightning_dvc.errors import (
     BadSampleError,
     CaptureError,
     DVCError,
-    ObjectiveError,
     UnevenError,
 )
 from lightning_dvc.records import BadSample
@@ -260,7 +259,8 @@ class Probe:
             captured = self._pass(loaded, snapshots, gradients)
             self._try_parts(captured)
         except Exception as error:
-            if isinstance(error, DVCError) and not self._may_be_a_samples(error, len(loaded.ids)):
+            # Collating may leave samples out, and a step may skip a batch for one of them.
+            if isinstance(error, DVCError) and not isinstance(error, UnevenError):
                 raise
             failed, full = True, is_oom_error(error)
             uneven = error if isinstance(error, UnevenError) else None
@@ -284,26 +284,22 @@ class Probe:
         if captured is not None:
             yield captured
 
-    def _may_be_a_samples(self, error: DVCError, n: int) -> bool:
-        """Whether a refusal may be due to some of a batch's samples rather than to the model.
-
-        Collating may leave some out, and a step may skip a batch for one whose loss is not finite.
-        """
-        return isinstance(error, ObjectiveError) and (n > 1 or self._passed is not None)
-
-    @staticmethod
-    def _not_all(parts: Iterator[Captured], n: int, error: UnevenError) -> Iterator[Captured]:
-        """Parts of a batch that came out uneven, of which some sample must be at fault.
+    def _not_all(self, parts: Iterator[Captured], n: int, error: UnevenError) -> Iterator[Captured]:
+        """Parts of a batch of ``n`` samples that came out uneven, of which one must be at fault.
 
         Raises:
-            UnevenError: If of two samples, which do not go together, each is fine alone.
+            UnevenError: If none is: of two samples, which do not go together, each is fine alone,
+                or the model never took any.
         """
-        found = 0
+        n_bad, found = len(self.bad), 0
         for part in parts:
             found += len(part)
             if n == found == 2:
                 raise error
             yield part
+        if self._passed is None:
+            del self.bad[n_bad:]
+            raise error
 
     def _works(self, snapshots: Snapshots | None, gradients: bool) -> bool:
         """Whether the model takes a sample that it took before."""

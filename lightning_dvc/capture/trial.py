@@ -17,10 +17,14 @@ from lightning_dvc.capture.probe import Captured, Probe
 from lightning_dvc.errors import BadSampleError, ConfigurationError, ObjectiveError
 
 LOSSES: Final = "the losses"
-"""What :func:`differing` calls them."""
+"""What they are called beside the names of layers."""
 
-# Of losses in half precision, relative to the largest.
-_ROUNDING: Final = 5e-3
+# Of differences by rounding.
+_TOLERANCE: Final = 0.05
+# So many times what chance makes a difference must be to come from the places.
+_FAR: Final = 4
+# Of losses in half precision: so much of the largest counts as a difference between samples.
+_ROUNDING: Final = 0.1
 
 
 @dataclass(frozen=True)
@@ -60,18 +64,22 @@ def try_out(probe: Probe, dataset: Dataset[Any], ids: Tensor) -> Trial:
     )
     for read in reader.batches(dataset, ids, probe.batch_size):
         looks = _Looks(probe, dict(zip(read.ids.tolist(), _received(read.batch), strict=True)))
-        seen, repeated = looks.at(read.ids, seed=0), looks.at(read.ids, seed=1)
-        if not seen:
-            continue
-        some = torch.cat([captured.ids for captured in seen])[:2]
-        probe.takes_gradients |= not looks.at(some, seed=0, gradients=False)
-        changing = differing(list(probe.captured_layers), seen, repeated)
-        random.update(changing)
-        order = torch.randperm(len(read.ids), generator=torch.Generator().manual_seed(0))
-        other = looks.at(read.ids[order], seed=0)
-        moved = set(differing(list(probe.captured_layers), seen, other)) - set(changing)
-        mixed.update(moved)
-        sorts |= LOSSES in moved and looks.are_sorted(read.ids, order)
+        found = looks.at(read.ids, seed=0)
+        if found:
+            some = found[0].ids[:2]
+            probe.takes_gradients |= not looks.at(some, seed=0, gradients=False)
+        for part in found:
+            # Where some fail or do not fit, only samples that go together tell about places:
+            # others have other mates each time.
+            seen = [part] if len(part) == len(read.ids) else looks.at(part.ids, seed=0)
+            order = torch.randperm(len(part), generator=torch.Generator().manual_seed(0))
+            repeated, other = looks.at(part.ids, seed=1), looks.at(part.ids[order], seed=0)
+            names = [LOSSES, *probe.captured_layers]
+            by_chance, by_place = differences(seen, repeated), differences(seen, other)
+            random.update(_beyond(names, by_chance))
+            moved = set(_beyond(names, by_place.where(by_place > _FAR * by_chance, 0.0)))
+            mixed.update(moved)
+            sorts |= LOSSES in moved and looks.are_sorted(part.ids, order)
     probe.bad.clear()
     in_order = list(probe.captured_layers)
     return Trial(
@@ -179,39 +187,36 @@ def _received(samples: bytes | list[Any] | None) -> list[Any]:
     return samples or []
 
 
-def differing(
-    names: Sequence[str],
-    seen: Sequence[Captured],
-    again: Sequence[Captured],
-    tolerance: float = 0.05,
-) -> list[str]:
-    """Find out what differs between two looks at the same samples.
+def differences(seen: Sequence[Captured], again: Sequence[Captured]) -> Tensor:
+    """How much two looks at the same samples differ.
 
     Args:
-        names: Names of the ``L`` captured layers.
         seen: A look at some samples, with gradients, in one or more parts.
         again: Another look at them.
-        tolerance: Largest difference between the two, relative to the largest gradient norm, or to
-            how far apart the samples' losses are.
 
     Returns:
-        Names of the layers in which the gradient norm of some sample differs, after
-        :data:`LOSSES` if the loss of some sample does.
+        ``(1 + L,)`` the largest difference between the losses of a sample, relative to how far
+        apart the samples' losses are, and in each layer that between its gradient norms, relative
+        to the largest; 0 where the two looks have no sample in common.
     """
     if not seen or not again:
-        return []
+        n_layers = max((len(parts[0].gradients) for parts in (seen, again) if parts), default=0)
+        return torch.zeros(1 + n_layers, dtype=torch.float64)
     (ids, numbers), (other_ids, others) = _by_id(seen), _by_id(again)
     # Where samples are mixed, one that is not finite also spoils others, each time different ones.
     numbers, others = numbers[torch.isin(ids, other_ids)], others[torch.isin(other_ids, ids)]
     if not len(numbers):
-        return []
-    largest, losses = numbers.amax(0), numbers[:, 0]
-    allowed = tolerance * largest
+        return numbers.new_zeros(numbers.shape[1])
+    size, losses = numbers.amax(0), numbers[:, 0]
     # Losses may be nearly alike before any training, and need not be positive.
-    allowed[0] = tolerance * (largest[0] - losses.amin()) + _ROUNDING * losses.abs().amax()
-    differs = (numbers - others).abs().amax(0) > allowed
-    of_all = zip([LOSSES, *names], differs.tolist(), strict=True)
-    return [name for name, is_different in of_all if is_different]
+    size[0] += _ROUNDING * losses.abs().amax() - losses.amin()
+    found = (numbers - others).abs().amax(0)
+    return torch.where(found > 0, found / size, 0.0)
+
+
+def _beyond(names: Sequence[str], differences: Tensor) -> list[str]:
+    differs = (differences > _TOLERANCE).tolist()
+    return [name for name, is_different in zip(names, differs, strict=True) if is_different]
 
 
 def _by_id(parts: Sequence[Captured]) -> tuple[Tensor, Tensor]:

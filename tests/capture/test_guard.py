@@ -435,11 +435,12 @@ def test_training_is_bit_identical_with_and_without_looking(tmp_path):
 
 
 class Shouting(Peeking):
-    """Tells its logger of each step, in both ways, and asks for its kind and folder."""
+    """Tells its logger of each step, in both ways, and asks for its kind, folder and more."""
 
     def training_step(self, batch, batch_idx=0):
         assert isinstance(self.logger, CSVLogger)
-        assert self.logger.log_dir == self.trainer.log_dir
+        assert self.logger.log_dir == self.logger.experiment.log_dir == self.trainer.log_dir
+        assert self.logger.scale() == self.logger.experiment.scale() == 2
         for logger in self.loggers:
             logger.log_metrics({"direct": 1.0}, step=self.told)
             logger.experiment.log_metrics({"experiment": 1.0}, step=self.told)
@@ -464,6 +465,7 @@ def test_loggers_are_told_nothing(tmp_path):
         enable_model_summary=False,
     )
     taken = []
+    logger.scale = logger.experiment.scale = lambda: 2
     logger.log_metrics = lambda metrics, step=None: taken.append((step, next(iter(metrics))))
     logger.experiment.log_metrics = lambda metrics, step=None: taken.append(
         (step, next(iter(metrics)))

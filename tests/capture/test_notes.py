@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_dvc.capture import notes as notes_module
 from lightning_dvc.capture.notes import LARGEST, Notes
 
 
@@ -127,3 +128,53 @@ def test_what_two_values_share_is_put_back_once():
     found = [restore() for restore in restores]
     assert found == [shared, {"shared": shared}]
     assert shared == [torch.zeros(1)]
+
+
+@pytest.mark.parametrize("part", [lambda: [0], lambda: SimpleNamespace(n=0)])
+def test_of_very_many_parts_the_rest_is_left_alone(part, monkeypatch):
+    monkeypatch.setattr(notes_module, "_MOST_PARTS", 10)
+    value = [part() for _ in range(1000)]
+    before = list(value)
+    restore = Notes().of(value)
+    del value[500:]
+    assert restore() is value
+    assert all(one is other for one, other in zip(value, before, strict=True))
+
+
+def test_of_parts_that_are_too_many_none_is_looked_at(monkeypatch):
+    monkeypatch.setattr(notes_module, "_MOST_PARTS", 10)
+    value = [[0] for _ in range(1000)]
+    restore = Notes().of(value)
+    for part in value:
+        part[0] = 1
+    restore()
+    assert 0 < value.count([0]) <= 10
+
+
+def test_what_changes_its_size_is_put_back():
+    tensor, array = torch.zeros(2), np.zeros(2)
+    restore = Notes().of([tensor, array])
+    tensor.data = torch.ones(5)
+    array.resize(7, refcheck=False)
+    assert [part.tolist() for part in restore()] == [[0, 0], [0, 0]]
+
+
+def test_what_cannot_be_written_to_is_left_alone():
+    expanded = torch.tensor([torch.nan]).expand(3)
+    restore = Notes().of([expanded])
+    assert restore()[0] is expanded
+
+
+class Absent:
+    """Stands in for something that is not there."""
+
+    def __getattribute__(self, name):
+        raise RuntimeError(f"asked for {name} outside of a context")
+
+
+def test_what_may_not_be_asked_for_anything_is_left_alone():
+    value = [Absent(), 0]
+    first = value[0]
+    restore = Notes().of(value)
+    value.clear()
+    assert restore()[0] is first

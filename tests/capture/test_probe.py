@@ -21,7 +21,7 @@ from lightning_dvc.capture.objective import resolve_objective
 from lightning_dvc.capture.probe import Probe, join, rows
 from lightning_dvc.capture.projection import plan_projections
 from lightning_dvc.capture.snapshots import Snapshots
-from lightning_dvc.capture.trial import differing
+from lightning_dvc.capture.trial import LOSSES, differences
 from lightning_dvc.errors import BadSampleError, CaptureError, ObjectiveError, UnevenError
 
 WIDTH, CLASSES, SIZE = 4, 3, 12
@@ -541,6 +541,41 @@ def test_losses_of_another_number_than_samples_are_refused():
         look(make_probe(Halving()))
 
 
+def test_a_sample_for_which_batches_are_skipped_may_come_first():
+    probe = make_probe(Skipping())
+    captured = look(probe, dataset=Samples({0: torch.nan}))
+    assert captured.ids.tolist() == list(range(1, SIZE))
+    assert sorted(reasons(probe)) == [0]
+
+
+def test_a_step_that_skips_every_batch_is_refused():
+    probe = make_probe(Skipping())
+    with pytest.raises(UnevenError, match="returned None"):
+        look(probe, dataset=Samples(dict.fromkeys(range(SIZE), torch.nan)))
+    assert probe.bad == []
+
+
+def test_a_loss_that_only_batches_have_is_refused():
+    """Of one sample it is 0, which must not be what the step is judged by."""
+
+    class Spreading(Net):
+        def training_step(self, batch, batch_idx=0):
+            hidden = self.body(batch[0])
+            return F.cross_entropy(self.head(hidden), batch[1]) + hidden.var(0, correction=0).sum()
+
+    with pytest.raises(ObjectiveError, match="other means"):
+        look(make_probe(Spreading()))
+
+
+def test_losses_of_one_sample_may_be_squeezed():
+    def squeezed(net, batch):
+        x, y = batch
+        return F.cross_entropy(net(x), y, reduction="none").squeeze(), None
+
+    captured = look(make_probe(objective=squeezed, batch_size=1))
+    assert captured.ids.tolist() == list(range(SIZE))
+
+
 # --- out of memory -----------------------------------------------------------------------------
 
 
@@ -774,7 +809,8 @@ def test_a_named_layer_without_an_output_for_each_sample_is_refused(layers):
 def mixed(probe, ids=range(SIZE), dataset=None):
     ids = list(ids)
     seen, again = batches(probe, ids, dataset), batches(probe, ids[::-1], dataset)
-    return differing(list(probe.captured_layers), seen, again)
+    found = zip([LOSSES, *probe.captured_layers], differences(seen, again).tolist(), strict=True)
+    return [name for name, difference in found if difference > 0.05]
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 5, 12])

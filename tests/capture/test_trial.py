@@ -195,6 +195,39 @@ def test_a_collate_function_that_leaves_samples_out_is_not_taken_for_mixing():
     assert tried(Net(), Gaps([]), collate=without_none) == Trial()
 
 
+class Fussy(Net):
+    """Compares the samples of a batch with each other, and raises for one of them."""
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        if bool((y == 99).any()):
+            raise ValueError("no such class")
+        share = torch.bincount(y, minlength=CLASSES)[y] / len(y)
+        losses = F.cross_entropy(self(x), y, reduction="none")
+        return (losses / share).mean()
+
+
+@pytest.mark.parametrize("bad", [[], [5], [3, 20, 31]])
+@pytest.mark.parametrize("fits", [None, 8])
+def test_mates_that_change_are_not_taken_for_places(bad, fits):
+    net = Fussy()
+    probe = Probe(net, resolve_objective(net), default_collate, fits=fits)
+    assert tried_by(probe, Augmented(bad)) == Trial()
+
+
+@pytest.mark.parametrize("noise", [0.05, 0.1, 0.2])
+def test_a_little_chance_is_not_taken_for_places(noise):
+    class Blurred(Net):
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            return F.cross_entropy(self(x) + noise * torch.randn(len(x), CLASSES), y)
+
+    for seed in range(6):
+        torch.manual_seed(seed)
+        found = tried(Blurred(), good(SIZE, seed))
+        assert (found.mixed, found.mixes_losses) == ([], False)
+
+
 # --- what steps do -----------------------------------------------------------------------------
 
 
