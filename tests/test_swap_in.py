@@ -721,7 +721,7 @@ def test_a_worker_is_set_up_to_read_also_what_is_scored(tmp_path, sources):
             before.extend(looks)
 
     trainer(max_epochs=1, callbacks=[DVCCallback(), Trial()]).fit(Looked(), datamodule)
-    assert before == [30, 30, 2, 30]  # the trial, of the pool, as the warm-up is too small
+    assert before == [30, 2, 30, 30]  # the trial, of the pool, as the warm-up is too small
     assert len(datamodule.selection.set_aside) == 0
     assert len(datamodule.selection) == 30
     loader = datamodule.train_dataloader()
