@@ -21,7 +21,7 @@ from lightning_dvc.capture.notes import LARGEST, Notes, Restore
 _INTERNAL: Final = frozenset(vars(LightningModule())) - {"_non_persistent_buffers_set"}
 
 # How the names begin of what loggers, and what they write with, take something down with.
-_TAKE_DOWN: Final = ("log", "add_")
+_TAKE_DOWN: Final = ("log", "add_", "track", "report_")
 
 # A gigabyte in single precision.
 _LARGEST_MODEL: Final = 2**28
@@ -178,6 +178,9 @@ class _Deaf:
 
     def __getitem__(self, key: Any) -> Any:
         return self._thing[key]
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """Take nothing down, as some experiments do this way."""
 
 
 def _silence(thing: Any, *names: str) -> Restore:

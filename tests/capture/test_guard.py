@@ -474,3 +474,33 @@ def test_loggers_are_told_nothing(tmp_path):
     told = [(step, name) for step, name in taken if name in ("direct", "experiment")]
     assert told == [(step, name) for step in range(4) for name in ("direct", "experiment")]
     assert trainer.loggers == [logger]
+
+
+class Tracker:
+    """An experiment that is written to in ways of its own."""
+
+    def __init__(self):
+        self.taken = []
+
+    def track(self, value):
+        self.taken.append(value)
+
+    def __setitem__(self, key, value):
+        self.taken.append(value)
+
+    def __getitem__(self, key):
+        return key
+
+
+def test_what_writes_in_a_way_of_its_own_is_told_nothing(tmp_path):
+    logger, tracker = CSVLogger(tmp_path), Tracker()
+    logger._experiment = tracker
+    trainer = Trainer(accelerator="cpu", logger=logger, enable_checkpointing=False)
+    with unheard(trainer):
+        experiment = trainer.logger.experiment
+        experiment.track(1)
+        experiment["key"] = 2
+        assert experiment["key"] == "key"
+        assert isinstance(experiment, Tracker)
+    assert tracker.taken == []
+    assert trainer.logger.experiment is tracker
