@@ -249,6 +249,9 @@ def _frozen(module: nn.Module) -> Iterator[None]:
 
 def _tolerance(loss: Tensor, terms: list[Term]) -> float:
     types = [loss.dtype, *(term.call.value.dtype for term in terms)]
+    device = loss.device.type
+    if torch.is_autocast_enabled(device):  # a step may cast its losses to the type of its outputs
+        types.append(torch.get_autocast_dtype(device))
     relative = max(_RELATIVE, *(4 * torch.finfo(dtype).eps for dtype in types))
     return _ABSOLUTE + relative * abs(loss.item())
 

@@ -104,6 +104,7 @@ class Probe:
         self._order: list[str] = []
         self._passed: LoadedBatch | None = None  # the last time
         self._failed = 0  # samples since then
+        self._refused: UnevenError | None = None  # the first time
         self._most = min(self.batch_size, self.fits or self.batch_size)
         self._tried = 0
         self._overwritten: set[str] = set()
@@ -181,11 +182,13 @@ class Probe:
         Raises:
             BadSampleError: If a sample fails and ``on_bad_sample`` is ``"raise"``.
             CaptureError: If a named layer is never reached.
+            ObjectiveError: If no sample has losses of its own.
         """
         for loaded in self.reader.batches(dataset, ids, min(self.batch_size, self._most)):
             self._note_bad(loaded.bad)
             if len(loaded.ids):
                 yield from self.look(loaded, snapshots, gradients)
+        self.check_any_passed()
 
     def capture_all(
         self,
@@ -254,52 +257,75 @@ class Probe:
         if len(loaded.ids) > self._most:
             yield from self._look_at_halves(loaded, snapshots, gradients)
             return
-        captured, failed, full, uneven = None, False, False, None
+        captured, reason, full, uneven = None, "", False, None
         try:
             captured = self._pass(loaded, snapshots, gradients)
             self._try_parts(captured)
         except Exception as error:
-            # Collating may leave samples out, and a step may skip a batch for one of them.
-            if isinstance(error, DVCError) and not isinstance(error, UnevenError):
+            if self._ends_here(error, len(loaded.ids), snapshots, gradients):
                 raise
-            failed, full = True, is_oom_error(error)
-            uneven = error if isinstance(error, UnevenError) else None
-            if full:
-                self._make_smaller(len(loaded.ids), error)
-            elif len(loaded.ids) == 1:
-                self._failed += 1
-                if self._failed > self.batch_size and not self._works(snapshots, gradients):
-                    raise  # since it is the model that is broken
-                reason = f"the model raised {type(error).__name__}: {error}"
-                self._note_bad([BadSample(int(loaded.ids[0]), reason)])
-                return
+            reason = f"the model raised {type(error).__name__}: {error}"
+            full = is_oom_error(error)
+            if isinstance(error, UnevenError):
+                uneven = error.with_traceback(None)  # which keeps what is in memory
+                self._refused = self._refused or uneven
         if full:
             # Only here is the traceback gone, and with it what it keeps in memory.
             garbage_collection_cuda()
-        if failed:
+        if not reason:
+            self._passed, self._failed = replace(loaded, batch=None), 0
+            if captured is not None:
+                yield captured
+        elif len(loaded.ids) == 1:
+            self._note_bad([BadSample(int(loaded.ids[0]), reason)])
+        else:
             parts = self._look_at_halves(loaded, snapshots, gradients)
-            yield from parts if uneven is None else self._not_all(parts, len(loaded.ids), uneven)
-            return
-        self._passed, self._failed = replace(loaded, batch=None), 0
-        if captured is not None:
-            yield captured
+            yield from parts if uneven is None else self._not_each(parts, len(loaded.ids), uneven)
 
-    def _not_all(self, parts: Iterator[Captured], n: int, error: UnevenError) -> Iterator[Captured]:
+    def _ends_here(
+        self, error: Exception, n: int, snapshots: Snapshots | None, gradients: bool
+    ) -> bool:
+        """Whether looking at ``n`` samples failed in a way that looking at fewer does not mend.
+
+        Raises:
+            CaptureError: If memory ran out, and no smaller batch may be tried.
+        """
+        if is_oom_error(error):
+            self._make_smaller(n, error)
+            return False
+        # Collating may leave samples out, and a step may skip a batch for one of them.
+        if isinstance(error, DVCError) and not isinstance(error, UnevenError):
+            return True
+        if n > 1:
+            return False
+        self._failed += 1
+        # Then it is the model that is broken.
+        return self._failed > self.batch_size and not self._works(snapshots, gradients)
+
+    def _not_each(
+        self, parts: Iterator[Captured], n: int, error: UnevenError
+    ) -> Iterator[Captured]:
         """Parts of a batch of ``n`` samples that came out uneven, of which one must be at fault.
 
         Raises:
-            UnevenError: If none is: of two samples, which do not go together, each is fine alone,
-                or the model never took any.
+            UnevenError: If of two samples, which do not go together, each is fine alone.
         """
-        n_bad, found = len(self.bad), 0
+        found = 0
         for part in parts:
             found += len(part)
             if n == found == 2:
                 raise error
             yield part
-        if self._passed is None:
-            del self.bad[n_bad:]
-            raise error
+
+    def check_any_passed(self) -> None:
+        """Tell a model that takes no sample from bad samples, at the end of a pass.
+
+        Raises:
+            UnevenError: If no batch ever passed, and one came out uneven.
+        """
+        if self._passed is None and self._refused is not None:
+            self.bad.clear()
+            raise self._refused
 
     def _works(self, snapshots: Snapshots | None, gradients: bool) -> bool:
         """Whether the model takes a sample that it took before."""

@@ -80,6 +80,7 @@ def try_out(probe: Probe, dataset: Dataset[Any], ids: Tensor) -> Trial:
             moved = set(_beyond(names, by_place.where(by_place > _FAR * by_chance, 0.0)))
             mixed.update(moved)
             sorts |= LOSSES in moved and looks.are_sorted(part.ids, order)
+    probe.check_any_passed()
     probe.bad.clear()
     in_order = list(probe.captured_layers)
     return Trial(
@@ -113,9 +114,9 @@ def keep_apart(probe: Probe, trial: Trial) -> None:
             "which it gets them"
             if trial.sorts
             else "they are dealt out to other samples, as those of two views, or of points in "
-            "time, are where these come before the batch in the first axis; call the loss with the "
-            "batch as the first axis, for each view by itself, or give the module a method "
-            "per_sample_loss(batch)"
+            "time, are where these come before the batch in the first axis, or the step mixes a "
+            "sample with the one at some other place; call the loss with the batch as the first "
+            "axis, for each view by itself, or give the module a method per_sample_loss(batch)"
         )
         raise ObjectiveError(
             "the loss of a sample was expected to stay the same when the samples of a batch "
@@ -197,7 +198,7 @@ def differences(seen: Sequence[Captured], again: Sequence[Captured]) -> Tensor:
     Returns:
         ``(1 + L,)`` the largest difference between the losses of a sample, relative to how far
         apart the samples' losses are, and in each layer that between its gradient norms, relative
-        to the largest; 0 where the two looks have no sample in common.
+        to the largest; 0 where there is no sample that has a loss in both looks.
     """
     if not seen or not again:
         n_layers = max((len(parts[0].gradients) for parts in (seen, again) if parts), default=0)
@@ -205,6 +206,9 @@ def differences(seen: Sequence[Captured], again: Sequence[Captured]) -> Tensor:
     (ids, numbers), (other_ids, others) = _by_id(seen), _by_id(again)
     # Where samples are mixed, one that is not finite also spoils others, each time different ones.
     numbers, others = numbers[torch.isin(ids, other_ids)], others[torch.isin(other_ids, ids)]
+    # Of samples whose losses tie, a step may leave out others each time.
+    kept = (numbers[:, 0] != 0) & (others[:, 0] != 0)
+    numbers, others = numbers[kept], others[kept]
     if not len(numbers):
         return numbers.new_zeros(numbers.shape[1])
     size, losses = numbers.amax(0), numbers[:, 0]

@@ -411,6 +411,16 @@ class Peeking(Disturber):
                 torch.autograd.grad(loss, self.head.weight)
 
 
+def quiet_trainer(**settings):
+    return Trainer(
+        accelerator="cpu",
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **settings,
+    )
+
+
 @pytest.mark.filterwarnings("ignore")  # Lightning's advice on workers and logging intervals
 def test_training_is_bit_identical_with_and_without_looking(tmp_path):
     x, y = make_batch(24)
@@ -418,15 +428,7 @@ def test_training_is_bit_identical_with_and_without_looking(tmp_path):
     for peek in (False, True):
         module = Peeking(peek)
         torch.manual_seed(3)
-        trainer = Trainer(
-            max_epochs=2,
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=tmp_path,
-        )
+        trainer = quiet_trainer(max_epochs=2, logger=False, default_root_dir=tmp_path)
         trainer.fit(module, DataLoader(TensorDataset(x, y), batch_size=6, shuffle=True))
         logged = {key: value.item() for key, value in trainer.callback_metrics.items()}
         found.append((module.losses, logged, module.body[1].running_mean.tolist()))
@@ -456,14 +458,7 @@ class Shouting(Peeking):
 def test_loggers_are_told_nothing(tmp_path):
     module, logger = Shouting(peek=False), CSVLogger(tmp_path)
     module.told = 0
-    trainer = Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=logger,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = quiet_trainer(max_epochs=1, logger=logger)
     taken = []
     logger.scale = logger.experiment.scale = lambda: 2
     logger.log_metrics = lambda metrics, step=None: taken.append((step, next(iter(metrics))))
@@ -495,7 +490,7 @@ class Tracker:
 def test_what_writes_in_a_way_of_its_own_is_told_nothing(tmp_path):
     logger, tracker = CSVLogger(tmp_path), Tracker()
     logger._experiment = tracker
-    trainer = Trainer(accelerator="cpu", logger=logger, enable_checkpointing=False)
+    trainer = quiet_trainer(logger=logger)
     with unheard(trainer):
         experiment = trainer.logger.experiment
         experiment.track(1)

@@ -450,6 +450,17 @@ def test_half_precision_passes_the_check():
     assert look(Net(step), (draw(N, D),)).losses.shape == (N,)
 
 
+def test_losses_cast_under_autocast_pass_the_check():
+    def step(self, batch):
+        z = self.layer(batch[0])
+        return F.cross_entropy(z, LABELS, reduction="none").to(z.dtype).mean().float()
+
+    module = Net(step).float()
+    for _ in range(8):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert look(module, (torch.randn(N, D),)).losses.shape == (N,)
+
+
 def test_losses_reach_the_outputs_of_layers():
     captured = []
     module = Net(lambda self, b: F.cross_entropy(self.layer(b), LABELS))

@@ -528,6 +528,31 @@ def test_a_sample_for_which_a_step_skips_its_batch_is_set_aside():
     assert sorted(reasons(probe)) == [5, 6]
 
 
+class Overwriting(Net):
+    """Overwrites what a layer was given, whose weight is frozen, and its batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.head.weight.requires_grad_(False)
+
+    def training_step(self, batch, batch_idx=0):
+        x, y = batch
+        hidden = self.body[0](x.mul_(2))
+        loss = F.cross_entropy(self.head(hidden), y)
+        hidden.zero_()
+        return loss
+
+
+def test_a_batch_that_is_passed_again_is_as_it_was():
+    probe = make_probe(Overwriting(), layers=["body.0", "head"])
+    net = copy.deepcopy(probe.module).eval()
+    x, y = stacked(range(SIZE))
+    expected = F.cross_entropy(net.head(net.body[0](2 * x)), y, reduction="none")
+    assert "head" not in probe._overwritten
+    torch.testing.assert_close(look(probe).losses[:, 0], expected.float())
+    assert "head" in probe._overwritten
+
+
 def test_losses_of_another_number_than_samples_are_refused():
     """Two samples have one loss, and each has one alone: it is not that one is left out."""
 
@@ -541,15 +566,17 @@ def test_losses_of_another_number_than_samples_are_refused():
         look(make_probe(Halving()))
 
 
-def test_a_sample_for_which_batches_are_skipped_may_come_first():
-    probe = make_probe(Skipping())
-    captured = look(probe, dataset=Samples({0: torch.nan}))
-    assert captured.ids.tolist() == list(range(1, SIZE))
-    assert sorted(reasons(probe)) == [0]
+@pytest.mark.parametrize("batch_size", [5, 6, SIZE])
+@pytest.mark.parametrize("bad", [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3, 4], [1, 2, 3, 11]])
+def test_samples_for_which_batches_are_skipped_may_lie_anywhere(bad, batch_size):
+    probe = make_probe(Skipping(), batch_size=batch_size)
+    captured = look(probe, dataset=Samples(dict.fromkeys(bad, torch.nan)))
+    assert captured.ids.tolist() == [i for i in range(SIZE) if i not in bad]
+    assert sorted(reasons(probe)) == bad
 
 
 def test_a_step_that_skips_every_batch_is_refused():
-    probe = make_probe(Skipping())
+    probe = make_probe(Skipping(), batch_size=SIZE)
     with pytest.raises(UnevenError, match="returned None"):
         look(probe, dataset=Samples(dict.fromkeys(range(SIZE), torch.nan)))
     assert probe.bad == []

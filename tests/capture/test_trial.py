@@ -142,6 +142,38 @@ def test_losses_dealt_out_to_the_wrong_samples_are_found(net):
     assert found.mixed == (["body", "head"] if isinstance(net, OnePass) else [])
 
 
+class Rounded(Net):
+    """Losses are alike but for what rounding makes of places."""
+
+    def __init__(self):
+        super().__init__()
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        by_place = 1e-3 * torch.linspace(0, 1, len(x))[:, None]
+        return F.cross_entropy(self(x) + by_place * F.one_hot(y, CLASSES), y)
+
+
+class HardestHalf(Net):
+    """Learns from the samples of the greatest losses, which tie at first."""
+
+    def __init__(self):
+        super().__init__()
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def training_step(self, batch, batch_idx):
+        losses = F.cross_entropy(self(batch[0]), batch[1], reduction="none")
+        return losses.topk(len(losses) // 2).values.mean()
+
+
+@pytest.mark.parametrize("net", [Rounded(), HardestHalf()])
+def test_losses_that_are_nearly_alike_are_not_suspected(net):
+    assert tried(net, Augmented([])) == Trial()
+
+
 def test_losses_alike_before_any_training_are_not_suspected():
     net = Net()
     nn.init.zeros_(net.head.weight)
@@ -215,16 +247,15 @@ def test_mates_that_change_are_not_taken_for_places(bad, fits):
     assert tried_by(probe, Augmented(bad)) == Trial()
 
 
-@pytest.mark.parametrize("noise", [0.05, 0.1, 0.2])
+@pytest.mark.parametrize("noise", [0.07, 0.1, 0.15])
 def test_a_little_chance_is_not_taken_for_places(noise):
     class Blurred(Net):
         def training_step(self, batch, batch_idx):
             x, y = batch
-            return F.cross_entropy(self(x) + noise * torch.randn(len(x), CLASSES), y)
+            return F.cross_entropy(self(x + noise * torch.randn_like(x)), y)
 
-    for seed in range(6):
-        torch.manual_seed(seed)
-        found = tried(Blurred(), good(SIZE, seed))
+    for seed in range(12):
+        found = tried(Blurred(seed=seed), good(SIZE, seed))
         assert (found.mixed, found.mixes_losses) == ([], False)
 
 
