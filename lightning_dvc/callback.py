@@ -43,7 +43,7 @@ _LARGEST_BATCH: Final = 512
 # few batches to divide, and worker processes hold several batches each.
 _LARGEST_ON_DEVICE: Final = 2048
 _Layers = dict[str, list[int]]
-"""Names of the captured layers, in the order of the forward pass, and shapes of their weights."""
+"""Names of the captured layers, in the order of the forward pass, and shapes of their gradients."""
 # Attribute of a strategy: the datamodule whose samples it remembers.
 _SERVES: Final = "_serves"
 
